@@ -1,0 +1,728 @@
+"""User accounts over HTTP: a WSGI service on one SQLite file, with nothing but the standard library.
+
+    POST    /users/       create a user                     201 {"id": 1}
+    GET     /users/       list every user                   200 [{...}, ...]
+    GET     /users/ID/    get one user                      200 {...}
+    PUT     /users/ID/    update a user's names and email   200 {"id": 1}
+    DELETE  /users/ID/    delete a user                     204
+
+Run it: `python profiler.py` serves http://127.0.0.1:5000/users/ on ./db.sqlite3; `--help` tells the rest.
+Embed it: `profiler:application` is the WSGI callable; `create_app()` makes one on another database.
+Copy it: this file and schema.sql, side by side, are all of it. Python 3.9 or later.
+
+It is not a login service: it keeps accounts and their password hashes for others to check with
+`verify_password`, and knows no sessions, no roles and no mail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import pathlib
+import re
+import secrets
+import socket
+import socketserver
+import sqlite3
+import sys
+import threading
+import traceback
+from collections import defaultdict
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from urllib.parse import quote
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
+
+__version__ = "1.0.0"
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+# Every limit of the service, its unit and where the number comes from.
+
+HOST, PORT = "127.0.0.1", 5000  # the tutorial's, which are Flask's
+DATABASE = "db.sqlite3"  # the tutorial's file
+
+ITERATIONS = 600_000  # of PBKDF2-HMAC-SHA256: OWASP Password Storage Cheat Sheet
+MAX_ITERATIONS = 10_000_000  # a stored hash that asks for more is refused; some two seconds of one core
+MAX_SCRYPT_COST = 2**20  # n * r * p, hence 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
+SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
+
+MAX_BODY = 64 * 1024  # bytes
+MAX_DIGITS = 4300  # of an integer in a body: CPython's own limit, where it has one
+MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
+MAX_ID = 2**63 - 1  # SQLite's largest integer
+
+BUSY_TIMEOUT = 5.0  # seconds that a statement waits for the database's lock: the default of sqlite3.connect
+HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
+RETRY_AFTER = 1  # seconds, told to whom either wait was too long
+IDLE_CONNECTIONS = 16  # kept open between requests
+BATCH = 500  # users read from the database at once
+
+
+# -- passwords ---------------------------------------------------------------------------------------------------------
+# A stored hash tells how it was made: METHOD$SALT$DIGEST, as Werkzeug writes it. The salt's own text is the salt.
+
+_PBKDF2 = re.compile("pbkdf2:sha256:([1-9][0-9]{0,9})")
+_SCRYPT = re.compile("scrypt:([1-9][0-9]{0,9}):([1-9][0-9]{0,9}):([1-9][0-9]{0,9})")
+
+
+def hash_password(password: str, iterations: int = ITERATIONS) -> str:
+    """Return what to store for a password: `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`, with a new salt.
+
+    Raise ValueError for a password that holds NUL, and for iterations outside 1..MAX_ITERATIONS.
+    """
+    method, salt = f"pbkdf2:sha256:{iterations}", secrets.token_hex(SALT_BYTES)
+    return f"{method}${salt}${_digest(method, salt, password)}"
+
+
+def verify_password(password_hash: str, password: str) -> bool:
+    """Tell whether a stored hash, Werkzeug's `pbkdf2:sha256` or `scrypt`, is this password's.
+
+    A hash that is malformed, or would cost more than the limits above, is nobody's: False, at once.
+    """
+    try:
+        method, salt, digest = str(password_hash).split("$")
+        return hmac.compare_digest(_digest(method, salt, password).encode(), digest.encode())
+    except ValueError:
+        return False
+
+
+def _digest(method: str, salt: str, password: str) -> str:
+    """Return the digest in hexadecimal; raise ValueError for what is not to be computed."""
+    if "\0" in password:  # HMAC pads its key with NUL: "a" and "a\0" would be one password
+        raise ValueError("a password cannot hold the NUL character")
+    if match := _PBKDF2.fullmatch(method):
+        iterations = int(match[1])
+        if iterations <= MAX_ITERATIONS:
+            return hashlib.pbkdf2_hmac("sha256", password.encode(), salt.encode(), iterations).hex()
+    elif match := _SCRYPT.fullmatch(method):
+        n, r, p = map(int, match.groups())
+        if n * r * p <= MAX_SCRYPT_COST:
+            memory = 132 * n * r * p  # bytes: what scrypt needs, with a little to spare, as Werkzeug grants it
+            return hashlib.scrypt(password.encode(), salt=salt.encode(), n=n, r=r, p=p, maxmem=memory).hex()
+    raise ValueError(f"cannot hash by {method}: pbkdf2:sha256 takes 1 to {MAX_ITERATIONS} iterations")
+
+
+# -- database ----------------------------------------------------------------------------------------------------------
+# Connections are pooled, not tied to threads: any server's threads may come and go. Text is handed over as the bytes
+# that are stored, for it is on its way into a response. Writers of one process queue at a lock of ours, which wakes
+# the next at once; SQLite's own lock, for which one polls, is left to arbitrate among processes.
+
+
+class Busy(Exception):
+    """The service is at its limit for now: the same request may well succeed in a moment."""
+
+
+class Database:
+    """One SQLite file, made at the first use. Threads and, after a fork, processes may share the object."""
+
+    _creating = threading.Lock()
+
+    def __init__(self, path: str) -> None:
+        """Take the path of the file. Raise ValueError for a database that would not outlive a connection."""
+        if not path or path == ":memory:":
+            raise ValueError("the database must be a file: one in memory would end with its connection")
+        self.path = os.path.abspath(path)
+        self._writing = threading.Lock()
+        # By process: one made before a fork is neither used nor closed after it (sqlite.org/howtocorrupt.html 2.6).
+        self._idle: defaultdict[int, list[sqlite3.Connection]] = defaultdict(list)
+
+    def read(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        """Return all rows of a SELECT. No lock and no snapshot outlives the call."""
+        try:
+            connection = self._take()
+        except sqlite3.OperationalError:
+            if not self._is_whole():
+                raise
+            return self._read_immutable(statement, parameters)
+        try:
+            return connection.execute(statement, parameters).fetchall()
+        finally:
+            self._give(connection)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Hold the database's write lock; commit at the end of the block, roll back if it raises.
+
+        Raise Busy, or sqlite3.OperationalError, if the lock is not to be had within BUSY_TIMEOUT.
+        """
+        if not self._writing.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy("others are writing to the database")
+        try:
+            connection = self._take()
+            try:
+                connection.execute("BEGIN IMMEDIATE")  # one that turned into a writer later could not wait for the lock
+                with connection:
+                    yield connection
+            finally:
+                self._give(connection)
+        finally:
+            self._writing.release()
+
+    def close(self) -> None:
+        """Close this process's idle connections; the last one merges the write-ahead log into the file."""
+        idle = self._idle[os.getpid()]
+        while idle:
+            idle.pop().close()
+
+    def _take(self) -> sqlite3.Connection:
+        try:
+            return self._idle[os.getpid()].pop()
+        except IndexError:
+            return self._connect()
+
+    def _give(self, connection: sqlite3.Connection) -> None:
+        idle = self._idle[os.getpid()]
+        if len(idle) < IDLE_CONNECTIONS and not connection.in_transaction:
+            idle.append(connection)
+        else:
+            connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        """Return a new connection to the file, which is made if need be, private to its owner, with the table in it."""
+        # Under a lock, because to close a file drops the POSIX locks that this process's connections hold on it.
+        with self._creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        connection = sqlite3.connect(self.path, BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        try:
+            connection.text_factory = bytes
+            with contextlib.suppress(sqlite3.OperationalError):  # a read-only place, or others at work: as it is, then
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
+            connection.executescript(read_schema())
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _is_whole(self) -> bool:
+        """Tell whether the file alone holds all that was committed: neither log nor journal beside it has more."""
+        return os.path.isfile(self.path) and not any(
+            os.path.isfile(self.path + suffix) and os.path.getsize(self.path + suffix)
+            for suffix in ("-wal", "-journal")
+        )
+
+    def _read_immutable(self, statement: str, parameters: Sequence[Any]) -> list[Any]:
+        """Read where the shared memory of WAL mode cannot be made: on a read-only place, on a full disk."""
+        uri = pathlib.Path(self.path).as_uri() + "?immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.text_factory = bytes
+            return connection.execute(statement, parameters).fetchall()
+
+
+def read_schema() -> str:
+    """Return the text of schema.sql, which stands beside this module: in a folder, a wheel or a zip archive."""
+    path = os.path.join(os.path.dirname(__file__), "schema.sql")
+    spec = globals().get("__spec__")  # a script has none, and mod_wsgi sets none
+    if spec is not None and hasattr(spec.loader, "get_data"):
+        return str(spec.loader.get_data(path), "utf-8")
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+# -- users -------------------------------------------------------------------------------------------------------------
+# All the SQL there is. SQLite itself writes the JSON, so that a read builds nothing in Python.
+
+_COLUMNS = ("first_name", "last_name", "email", "created_on")  # public, in the order of the answer; after the id
+# The cast is for cells written from outside: of a BLOB, json_object would make an error.
+_JSON = "json_object('id', id, " + ", ".join(f"'{name}', CAST({name} AS TEXT)" for name in _COLUMNS) + ")"
+
+# A file that the tutorial's service made compares emails with case; asked like this it does not, but has to be scanned.
+_TAKEN = 'SELECT 1 FROM "user" AS other WHERE other.email = ? COLLATE NOCASE'
+_CREATE = f"""INSERT INTO "user" (first_name, last_name, email, password)
+SELECT ?, ?, ?, ? WHERE NOT EXISTS ({_TAKEN})"""
+_LIST = f"""SELECT max(id), group_concat(user, ',')
+FROM (SELECT id, {_JSON} AS user FROM "user" WHERE id > ? ORDER BY id LIMIT ?)"""
+_GET = f'SELECT {_JSON} FROM "user" WHERE id = ?'
+_EXISTS = 'SELECT 1 FROM "user" WHERE id = ?'
+_UPDATE = f"""UPDATE "user" SET first_name = ?, last_name = ?, email = ?
+WHERE id = ? AND (email = ? COLLATE BINARY OR NOT EXISTS ({_TAKEN} AND other.id <> "user".id))"""
+_DELETE = 'DELETE FROM "user" WHERE id = ?'
+_COUNT = 'SELECT count(*) FROM "user"'
+_DROP = 'DROP TABLE "user"'
+
+
+class EmailTaken(Exception):
+    """Another user has this email, or one that differs only in case."""
+
+
+class NoSuchUser(Exception):
+    """No user has this id."""
+
+
+class TableInUse(Exception):
+    """The table that was to be made anew holds users."""
+
+
+class Users:
+    """The users in one database. sqlite3.Error and Busy pass through from there."""
+
+    def __init__(self, database: Database, iterations: int, hashers: int) -> None:
+        """Hash new passwords with so many iterations, at most `hashers` of them at once."""
+        self.database = database
+        self._iterations = iterations
+        self._hashers = threading.BoundedSemaphore(hashers)
+
+    def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
+        """Store a new user and return the id. Raise EmailTaken; Busy, if no core is free to hash the password."""
+        if self.database.read(_TAKEN, (email,)):  # before the costly part; the statement itself decides once more
+            raise EmailTaken
+        password_hash = self._hash(password)
+        with self.database.transaction() as connection:
+            cursor = connection.execute(_CREATE, (first_name, last_name, email, password_hash, email))
+            if cursor.rowcount == 0:
+                raise EmailTaken
+            return cursor.lastrowid or 0
+
+    def list(self) -> Iterator[bytes]:
+        """Yield the users by id, as JSON objects with commas between: batch by batch, each a read of its own."""
+        last = -MAX_ID
+        while True:
+            [(last, users)] = self.database.read(_LIST, (last, BATCH))
+            if users is None:
+                return
+            yield _utf8(users)
+
+    def get(self, user_id: int) -> bytes:
+        """Return one user as a JSON object. Raise NoSuchUser."""
+        rows = self.database.read(_GET, (user_id,))
+        if not rows:
+            raise NoSuchUser
+        return _utf8(rows[0][0])
+
+    def update(self, user_id: int, first_name: str, last_name: str, email: str) -> None:
+        """Give a user other names and another email. Raise NoSuchUser, EmailTaken."""
+        with self.database.transaction() as connection:
+            parameters = (first_name, last_name, email, user_id, email, email)
+            if connection.execute(_UPDATE, parameters).rowcount == 0:
+                raise EmailTaken if connection.execute(_EXISTS, (user_id,)).fetchone() else NoSuchUser
+
+    def delete(self, user_id: int) -> None:
+        """Delete a user, if there is one with this id, which is never used again."""
+        with self.database.transaction() as connection:
+            connection.execute(_DELETE, (user_id,))
+
+    def count(self) -> int:
+        """Return how many users there are."""
+        [(count,)] = self.database.read(_COUNT)
+        return int(count)
+
+    def initialise(self, force: bool) -> None:
+        """Make the table. Raise TableInUse if it holds users, unless forced to drop them."""
+        with self.database.transaction() as connection:
+            [(count,)] = connection.execute(_COUNT)
+            if force:
+                connection.execute(_DROP)
+                connection.execute(read_schema())
+            elif count:
+                raise TableInUse(count)
+
+    def _hash(self, password: str) -> str:
+        if not self._hashers.acquire(timeout=HASH_TIMEOUT):
+            raise Busy("no core was free to hash a password")
+        try:
+            return hash_password(password, self._iterations)
+        finally:
+            self._hashers.release()
+
+
+def _utf8(text: bytes) -> bytes:
+    """Return the text with U+FFFD for whatever is not UTF-8: a cell written from outside may hold anything."""
+    return text if text.isascii() else text.decode("utf-8", "replace").encode()
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+# What a request may ask and what a response is, whatever it is about.
+
+_HEADERS = (  # of every response
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cache-Control", "no-store"),
+)
+_DIGITS = re.compile("[0-9]+")  # not \d, which takes the digits of every script
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+
+
+class HTTPError(Exception):
+    """A request that is answered with an error: a status, what the client should change, and headers, if any."""
+
+    def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+class Response(NamedTuple):
+    """A status, a body of JSON (None: no body; an iterator: a body of unknown length), and headers beyond the usual."""
+
+    status: HTTPStatus
+    body: bytes | Iterable[bytes] | None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def to_json(value: object) -> bytes:
+    """Return the value as JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
+    """Return the JSON object in the request's body. Raise HTTPError: 400, 408, 411, 413, 415."""
+    _check_content_type(environ.get("CONTENT_TYPE", ""))
+    body = _read_body(environ)
+    try:
+        value = json.loads(body.decode(), parse_int=_parse_int, parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be UTF-8") from None
+    except RecursionError:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is nested too deeply") from None
+    except ValueError as error:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body must be JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object")
+    return value
+
+
+def read_fields(environ: WSGIEnvironment, names: Sequence[str]) -> list[str]:
+    """Return the named fields of the JSON object in the body. Raise HTTPError: 400, or as read_object does."""
+    fields = read_object(environ)
+    values: list[Any] = [fields.get(name) for name in names]
+    if not all(value.strip() if isinstance(value, str) else value for value in values):
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "Required fields are missing")
+    for name, value in zip(names, values):
+        if problem := _problem(name, value):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
+    return values
+
+
+def parse_length(text: str) -> int:
+    """Return the number of bytes that a Content-Length announces (RFC 9110 8.6). Raise HTTPError: 400."""
+    if not _DIGITS.fullmatch(text):
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length must be a number in decimal digits")
+    return int(text.lstrip("0")[:19] or "0")  # past every limit after so many digits; int() refuses thousands of them
+
+
+def _check_content_type(content_type: str) -> None:
+    media_type, *parameters = content_type.lower().split(";")
+    charsets = [
+        value.strip(' \t"') for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "charset"
+    ]
+    if media_type.strip() != "application/json" or any(charset != "utf-8" for charset in charsets):
+        raise HTTPError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as Content-Type: application/json, in UTF-8"
+        )
+
+
+def _read_body(environ: WSGIEnvironment) -> bytes:
+    """Return the body, whose end is told by Content-Length or, where the server says that it is, by the stream."""
+    chunked = "HTTP_TRANSFER_ENCODING" in environ
+    terminated = environ.get("wsgi.input_terminated", False)
+    if chunked and not terminated:
+        raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
+    length = None
+    if environ.get("CONTENT_LENGTH") and not chunked:
+        length = parse_length(environ["CONTENT_LENGTH"])
+    elif not terminated:
+        length = 0
+    body = b""
+    if length is None or length <= MAX_BODY:
+        body = _read(environ["wsgi.input"], MAX_BODY + 1 if length is None else length)
+    if max(len(body), length or 0) > MAX_BODY:
+        raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
+    if length is not None and len(body) < length:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
+    return body
+
+
+def _read(stream: InputStream, size: int) -> bytes:
+    """Return so many bytes of the stream, or fewer at its end."""
+    chunks = []
+    try:
+        while size and (chunk := stream.read(size)):
+            chunks.append(chunk)
+            size -= len(chunk)
+    except socket.timeout:
+        raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive") from None
+    except OSError:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body could not be read to its end") from None
+    return b"".join(chunks)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _problem(name: str, value: object) -> str | None:
+    """Tell what is wrong with the value of a field, if anything."""
+    if not isinstance(value, str):
+        return "must be a string"
+    if _SURROGATE.search(value):
+        return "must not contain a lone surrogate"
+    if name == "password":
+        return "must not contain the NUL character" if "\0" in value else None
+    if _CONTROL.search(value):
+        return "must not contain control characters"
+    if name == "email" and not (_EMAIL.fullmatch(value) and len(value) <= MAX_EMAIL):
+        return f"must be an address such as harry@example.com, of at most {MAX_EMAIL} characters"
+    return None
+
+
+# -- endpoints ---------------------------------------------------------------------------------------------------------
+# Each takes the users, the request and, if its path has one, the digits of a user's id.
+
+_PROFILE = ("first_name", "last_name", "email")
+
+
+def create_user(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 201 with the new id, and where the user is to be found."""
+    user_id = users.create(*read_fields(environ, (*_PROFILE, "password")))
+    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+    location = "/" + f"{mount_point}/users/{user_id}/".lstrip("/")  # two slashes would lead to another host
+    return Response(HTTPStatus.CREATED, to_json({"id": user_id}), (("Location", location),))
+
+
+def list_users(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 200 with an array of every user, streamed unless one batch holds them all."""
+    batches = users.list()
+    first = list(itertools.islice(batches, 2))
+    if len(first) < 2:
+        return Response(HTTPStatus.OK, b"[%s]" % b"".join(first))
+    return Response(HTTPStatus.OK, _array(itertools.chain(first, batches)))
+
+
+def get_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
+    """Answer 200 with the user."""
+    return Response(HTTPStatus.OK, users.get(_user_id(digits)))
+
+
+def update_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
+    """Answer 200 with the id. A password in the body is ignored, as any other field is."""
+    user_id = _user_id(digits)
+    users.update(user_id, *read_fields(environ, _PROFILE))
+    return Response(HTTPStatus.OK, to_json({"id": user_id}))
+
+
+def delete_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
+    """Answer 204, whether the user existed or not."""
+    users.delete(_user_id(digits))
+    return Response(HTTPStatus.NO_CONTENT, None)
+
+
+def _array(batches: Iterator[bytes]) -> Iterator[bytes]:
+    start = b"["
+    for batch in batches:
+        yield start + batch
+        start = b","
+    yield b"]"
+
+
+def _user_id(digits: str) -> int:
+    if len(digits) > len(str(MAX_ID)) or int(digits) > MAX_ID:
+        raise NoSuchUser
+    return int(digits)
+
+
+ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
+    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
+    (re.compile("/users/([0-9]+)/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
+)
+
+
+# -- application -------------------------------------------------------------------------------------------------------
+# PEP 3333. Here alone errors become responses, and tracebacks are written.
+
+_ERRORS = {
+    EmailTaken: HTTPError(HTTPStatus.BAD_REQUEST, "This email is already registered"),
+    NoSuchUser: HTTPError(HTTPStatus.NOT_FOUND, "Invalid user id"),
+    Busy: HTTPError(
+        HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again", ("Retry-After", str(RETRY_AFTER))
+    ),
+}
+# What the operator may mend, by SQLite's result code (sqlite.org/rescode.html). Any other code is somebody's mistake.
+_SQLITE_ERRORS = {
+    5: _ERRORS[Busy],  # SQLITE_BUSY
+    6: _ERRORS[Busy],  # SQLITE_LOCKED
+    8: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database is read-only"),  # SQLITE_READONLY
+    10: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database failed"),  # SQLITE_IOERR
+    13: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database is full"),  # SQLITE_FULL
+    14: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database cannot be opened"),  # SQLITE_CANTOPEN
+}
+_UNKNOWN_CODE = 5  # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass
+_INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
+_STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
+_JSON_TYPE = ("Content-Type", "application/json")
+
+
+class Application:
+    """The WSGI callable. Make it with create_app; any number of threads may call it."""
+
+    def __init__(self, users: Users) -> None:
+        self.users = users
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request. Nothing that goes wrong before the response starts is left to the server."""
+        try:
+            response = self._respond(environ)
+        except Exception as error:
+            response = _error_response(error, environ)
+        return _send(response, environ, start_response)
+
+    def close(self) -> None:
+        """Close the database connections that are idle. The next request opens one again."""
+        self.users.database.close()
+
+    def _respond(self, environ: WSGIEnvironment) -> Response:
+        """Find the path's handler for the method and return its response. Raise what it raises; HTTPError 404, 405."""
+        method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
+        for pattern, handlers in ROUTES:
+            if match := pattern.fullmatch(path):
+                if handler := handlers.get("GET" if method == "HEAD" else method):
+                    return handler(self.users, environ, *match.groups())
+                allow = ("Allow", ", ".join(sorted((*handlers, "HEAD", "OPTIONS"))))
+                if method == "OPTIONS":
+                    return Response(HTTPStatus.NO_CONTENT, None, (allow,))
+                raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
+        raise HTTPError(HTTPStatus.NOT_FOUND, "Nothing is here: the users are at /users/")
+
+
+def create_app(database: str | os.PathLike[str] | None = None, *, iterations: int = ITERATIONS) -> Application:
+    """Return a WSGI application on a database: a path, else PROFILER_DATABASE, else db.sqlite3 in the current folder.
+
+    The file is made at the first request. `iterations` are those of PBKDF2 for new passwords.
+    Raise ValueError for a database that is no file, and for iterations outside 1..MAX_ITERATIONS.
+    """
+    if not 1 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
+    if database is None:
+        database = os.environ.get("PROFILER_DATABASE") or DATABASE
+    return Application(Users(Database(os.fspath(database)), iterations, _cores()))
+
+
+@functools.cache
+def _default_app() -> Application:
+    return create_app()
+
+
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer as create_app() does, which is called at the first request: to import this module reads nothing."""
+    try:
+        default_app = _default_app()
+    except ValueError as error:
+        return _send(_error_response(error, environ), environ, start_response)
+    return default_app(environ, start_response)
+
+
+app = application
+
+
+def _send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Start the response and return its body."""
+    status, body, extra = response
+    headers = [*_HEADERS, *extra]
+    if body is not None:
+        headers.append(_JSON_TYPE)
+    if isinstance(body, bytes):
+        headers.append(("Content-Length", str(len(body))))
+        body = [body]
+    start_response(_STATUS_LINES[status], headers)
+    return () if body is None or environ["REQUEST_METHOD"] == "HEAD" else body
+
+
+def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
+    """Return what to tell the client; write to wsgi.errors what to tell the operator."""
+    answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error))
+    if isinstance(error, sqlite3.OperationalError):
+        answer = _SQLITE_ERRORS.get(getattr(error, "sqlite_errorcode", _UNKNOWN_CODE) & 0xFF)
+    if answer is None:
+        answer = _INTERNAL_ERROR
+        traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
+    elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
+    return Response(answer.status, to_json({"error": answer.message}), answer.headers)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# -- server ------------------------------------------------------------------------------------------------------------
+# wsgiref with a thread for each connection.
+
+
+class Server(socketserver.ThreadingMixIn, WSGIServer):
+    """An HTTP server that answers requests side by side."""
+
+    daemon_threads = True
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
+    arguments = _parse_arguments(argv)
+    try:
+        app = create_app(arguments.database)
+        with contextlib.closing(app):
+            if arguments.command == "initialise-database":
+                app.users.initialise(arguments.force)
+                print("Successfully created database schema.")
+            else:
+                _serve(app, arguments.host, arguments.port)
+    except TableInUse as error:
+        return _fail(f"the table holds {error} users: --force drops them, for good")
+    except sqlite3.Error as error:
+        return _fail(f"{app.users.database.path}: {error}: name a file in a folder that exists, with --database")
+    except OSError as error:
+        return _fail(f"cannot serve on port {arguments.port} of {arguments.host}: {error.strerror}: try another --port")
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="profiler", description="User accounts over HTTP, on one SQLite file.")
+    parser.add_argument("--version", action="version", version=f"profiler {__version__}")
+    parser.add_argument("--host", default=HOST, help=f"the address to serve on (default: {HOST})")
+    parser.add_argument(
+        "--port", default=PORT, type=int, help=f"the port to serve on; 0: any free one (default: {PORT})"
+    )
+    database_help = f"the SQLite file (default: PROFILER_DATABASE, else {DATABASE})"
+    parser.add_argument("--database", metavar="PATH", help=database_help)
+    commands = parser.add_subparsers(dest="command", metavar="initialise-database", help="make the table and end")
+    initialise = commands.add_parser("initialise-database", description="Make the table of users.")
+    initialise.add_argument("--database", metavar="PATH", help=database_help, default=argparse.SUPPRESS)
+    initialise.add_argument("--force", action="store_true", help="drop the users that the table holds")
+    return parser.parse_args(argv)
+
+
+def _serve(app: Application, host: str, port: int) -> None:
+    """Serve until Ctrl-C."""
+    app.users.count()  # a database that cannot be used is told now
+    with Server((host, port), WSGIRequestHandler) as server:
+        server.set_app(app)
+        print(f"http://{host}:{server.server_port}/users/", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def _fail(message: str) -> int:
+    print(f"profiler: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
