@@ -274,6 +274,7 @@ class Users:
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken; Busy, if no core is free to hash the password."""
+        email = _fold(email)
         if self.database.read(_TAKEN, (email,)):  # before the costly part; the statement itself decides once more
             raise EmailTaken
         password_hash = self._hash(password)
@@ -301,6 +302,7 @@ class Users:
 
     def update(self, user_id: int, first_name: str, last_name: str, email: str) -> None:
         """Give a user other names and another email. Raise NoSuchUser, EmailTaken."""
+        email = _fold(email)
         with self.database.transaction() as connection:
             parameters = (first_name, last_name, email, user_id, email, email)
             if connection.execute(_UPDATE, parameters).rowcount == 0:
@@ -333,6 +335,11 @@ class Users:
             return hash_password(password, self._iterations)
         finally:
             self._hashers.release()
+
+
+def _fold(email: str) -> str:
+    """Return the email as it is stored: SQLite's NOCASE folds ASCII letters alone, so one with others is in lower case."""
+    return email if email.isascii() else email.lower()
 
 
 def _utf8(text: bytes) -> bytes:
@@ -560,6 +567,7 @@ _SQLITE_ERRORS = {
     10: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database failed"),  # SQLITE_IOERR
     13: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database is full"),  # SQLITE_FULL
     14: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database cannot be opened"),  # SQLITE_CANTOPEN
+    15: _ERRORS[Busy],  # SQLITE_PROTOCOL
 }
 _UNKNOWN_CODE = 5  # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")

@@ -1,0 +1,1036 @@
+"""Tests of profiler, in the order of its sections. Each name is a claim; a docstring says why, where that is not plain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import pytest
+import webtest
+
+import profiler
+
+HERE = pathlib.Path(__file__).parent
+HARRY = {"first_name": "Harry", "last_name": "Potter", "email": "harry@example.com", "password": "1234"}
+RON = {"first_name": "Ron", "last_name": "Weasley", "email": "ron@example.com", "password": "abcd"}
+ITERATIONS = 2  # of PBKDF2: the tests are about other things than its cost
+
+# The table that the tutorial's own schema.sql makes.
+TUTORIAL_SCHEMA = """
+CREATE TABLE user (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  first_name TEXT NOT NULL,
+  last_name TEXT NOT NULL,
+  email TEXT UNIQUE NOT NULL,
+  password TEXT NOT NULL,
+  created_on TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP
+);
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "db.sqlite3"
+
+
+@pytest.fixture
+def application(path):
+    with contextlib.closing(profiler.create_app(path, iterations=ITERATIONS)) as application:
+        yield application
+
+
+@pytest.fixture
+def client(application):
+    """Calls the application, with webtest's lint and wsgiref's validator both looking on."""
+    return webtest.TestApp(validator(application), lint=True)
+
+
+def execute(path, statement, parameters=()):
+    """Run one statement from outside and return its rows."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        return connection.execute(statement, parameters).fetchall()
+
+
+def fill(path, count):
+    """Make users with the ids 1..count, from outside, in WAL mode as the service does."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(profiler.read_schema())
+        connection.executemany(
+            'INSERT INTO "user" (first_name, last_name, email, password) VALUES (?, ?, ?, ?)',
+            ((f"First{i}", f"Last{i}", f"user{i}@example.com", "x") for i in range(1, count + 1)),
+        )
+
+
+def call(application, method="GET", path="/users/", body=b"", **environ):
+    """Call a WSGI application as a server would; return status, headers, body and what it wrote to wsgi.errors."""
+    started = []
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.errors": io.StringIO(), **environ}
+    if body:
+        environ = {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), **environ}
+    environ.setdefault("wsgi.input", io.BytesIO(body))
+    setup_testing_defaults(environ)
+    result = application(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+    content = b"".join(result)
+    if hasattr(result, "close"):
+        result.close()
+    [(status, headers)] = started
+    return int(status[:3]), dict(headers), content, environ["wsgi.errors"].getvalue()
+
+
+# -- passwords -----------------------------------------------------------------
+
+
+def test_pbkdf2_known_answer():
+    """RFC 7914 11, of which a Werkzeug hash keeps the first 32 bytes."""
+    digest = "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc"
+    assert profiler.verify_password(f"pbkdf2:sha256:1$salt${digest}", "passwd")
+
+
+def test_scrypt_known_answer():
+    """RFC 7914 12."""
+    digest = (
+        "7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2"
+        "d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887"
+    )
+    assert profiler.verify_password(f"scrypt:16384:8:1$SodiumChloride${digest}", "pleaseletmein")
+
+
+def test_a_hash_describes_itself():
+    method, salt, digest = profiler.hash_password("1234", 3).split("$")
+    assert method == "pbkdf2:sha256:3"
+    assert len(salt) >= 16
+    assert len(digest) == 64
+
+
+def test_the_default_cost_is_the_one_that_owasp_asks_for():
+    assert profiler.hash_password("1234").startswith("pbkdf2:sha256:600000$")
+
+
+def test_two_hashes_of_one_password_differ():
+    assert profiler.hash_password("1234", 1) != profiler.hash_password("1234", 1)
+
+
+def test_only_the_password_verifies():
+    password_hash = profiler.hash_password("pässwörd", 1)
+    assert profiler.verify_password(password_hash, "pässwörd")
+    assert not profiler.verify_password(password_hash, "Pässwörd")
+    assert not profiler.verify_password(password_hash, "")
+
+
+def test_nul_neither_hashes_nor_verifies():
+    """HMAC pads with NUL: without the check "a" would open the account of "a\\0"."""
+    with pytest.raises(ValueError, match="NUL"):
+        profiler.hash_password("a\0", 1)
+    assert not profiler.verify_password(profiler.hash_password("a", 1), "a\0")
+
+
+@pytest.mark.parametrize("iterations", [0, -1, 10**12])
+def test_impossible_iterations_are_refused(iterations):
+    with pytest.raises(ValueError, match="iterations"):
+        profiler.hash_password("1234", iterations)
+
+
+DIGEST = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "password_hash",
+    [
+        "",
+        "1234",
+        "$$",
+        "$$$",
+        f"pbkdf2:sha256:1$salt${DIGEST}$",
+        f"pbkdf2:sha256:0$salt${DIGEST}",
+        f"pbkdf2:sha256:-1$salt${DIGEST}",
+        f"pbkdf2:sha256:\u0661$salt${DIGEST}",
+        f"pbkdf2:sha256$salt${DIGEST}",
+        f"pbkdf2:md5:1$salt${DIGEST}",
+        f"pbkdf2:sha256:1\n$salt${DIGEST}",
+        "pbkdf2:sha256:1$salt$",
+        "pbkdf2:sha256:1$salt$zz",
+        "pbkdf2:sha256:1$salt$\u00e9",
+        f"pbkdf2:sha256:1$\ud800${DIGEST}",
+        f"pbkdf2:sha256:{10**12}$salt${DIGEST}",
+        f"pbkdf2:sha256:{'9' * 5000}$salt${DIGEST}",
+        f"scrypt:3:8:1$salt${DIGEST}",
+        f"scrypt:{2**30}:8:1$salt${DIGEST}",
+        f"scrypt:2:1:{2**30}$salt${DIGEST}",
+        f"scrypt:32768:8$salt${DIGEST}",
+        f"scrypt:0:0:0$salt${DIGEST}",
+        f"plain$salt${DIGEST}",
+        None,
+    ],
+)
+def test_a_malformed_or_absurd_hash_is_nobodys(password_hash):
+    assert profiler.verify_password(password_hash, "1234") is False
+
+
+def test_a_password_that_is_no_unicode_is_nobodys():
+    assert profiler.verify_password(profiler.hash_password("1234", 1), "\ud800") is False
+
+
+# -- database ------------------------------------------------------------------
+
+
+def test_importing_opens_and_reads_nothing(tmp_path):
+    program = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(args[0]) if event in ('open', 'sqlite3.connect') else None)\n"
+        "import profiler\n"
+        "print([name for name in opened if str(name).endswith(('sqlite3', '.sql'))])"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_DATABASE": "/no/such/folder/db.sqlite3"}
+    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert (output.stdout.strip(), output.stderr) == ("[]", "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("database", [":memory:", ""])
+def test_a_database_in_memory_is_refused(database):
+    with pytest.raises(ValueError, match="must be a file"):
+        profiler.create_app(database)
+
+
+def test_a_new_file_is_its_owners_alone(client, path):
+    client.post_json("/users/", HARRY, status=201)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
+
+
+def test_the_file_is_in_wal_mode_and_commits_are_synced(application, path):
+    assert application.users.count() == 0
+    assert execute(path, "PRAGMA journal_mode") == [("wal",)]
+    assert application.users.database.read("PRAGMA synchronous") == [(2,)]
+
+
+def test_a_relative_path_is_settled_when_the_application_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(profiler.create_app("db.sqlite3")) as application:
+        monkeypatch.chdir("/")
+        assert call(application)[0] == 200
+    assert (tmp_path / "db.sqlite3").exists()
+
+
+def test_one_connection_serves_one_request_after_another(application, monkeypatch):
+    connects = []
+    connect = application.users.database._connect
+    monkeypatch.setattr(application.users.database, "_connect", lambda: connects.append(1) or connect())
+    for _ in range(5):
+        assert call(application)[0] == 200
+    assert len(connects) == 1
+
+
+def test_the_pool_keeps_a_few_connections_and_closes_the_others(application):
+    database = application.users.database
+    taken = [database._take() for _ in range(profiler.IDLE_CONNECTIONS + 2)]
+    for connection in taken:
+        database._give(connection)
+    with pytest.raises(sqlite3.ProgrammingError):
+        taken[-1].execute("SELECT 1")
+    assert taken[0].execute("SELECT 1").fetchall() == [(1,)]
+
+
+def test_a_failed_transaction_leaves_nothing_and_its_connection_is_as_new(application, path):
+    database = application.users.database
+    with pytest.raises(ZeroDivisionError), database.transaction() as connection:
+        connection.execute("INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c', 'd')")
+        raise ZeroDivisionError
+    assert not connection.in_transaction
+    assert application.users.count() == 0
+
+
+def in_a_fork(function):
+    """Run the function in a child process; tell whether it returned something true."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if function() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@needs_fork
+@ignores_fork_warning
+def test_a_connection_from_before_a_fork_is_set_aside(application):
+    application.users.create("Harry", "Potter", "harry@example.com", "1234")
+    database = application.users.database
+    inherited = database._take()
+    database._give(inherited)
+
+    def child():
+        taken = database._take()
+        database._give(taken)
+        status, _, body, _ = call(application, "POST", body=json.dumps(RON).encode())
+        application.close()
+        return taken is not inherited and status == 201 and inherited.execute("SELECT 1").fetchall()
+
+    assert in_a_fork(child)
+    assert database._take() is inherited
+    database._give(inherited)
+    assert application.users.count() == 2
+
+
+@needs_fork
+@ignores_fork_warning
+def test_twelve_processes_may_start_at_once_on_no_file(tmp_path):
+    for number in range(3):
+        path = tmp_path / f"{number}.sqlite3"
+        start_reader, start_writer = os.pipe()
+        children = []
+        for child in range(12):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    application = profiler.create_app(path, iterations=1)
+                    user = {**HARRY, "email": f"{child}@example.com"}
+                    os.close(start_writer)
+                    os.read(start_reader, 1)  # ends when the parent closes its end: all at once
+                    os._exit(call(application, "POST", body=json.dumps(user).encode())[0] != 201)
+                finally:
+                    os._exit(2)
+            children.append(pid)
+        os.close(start_reader)
+        os.close(start_writer)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 12
+        assert execute(path, 'SELECT count(*) FROM "user"') == [(12,)]
+
+
+@contextlib.contextmanager
+def locked(path, lock="BEGIN IMMEDIATE"):
+    """Hold the write lock of a database, from outside."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(lock)
+        yield connection
+        connection.execute("ROLLBACK")
+
+
+def test_a_locked_database_is_503_and_the_reason_is_logged_in_a_line(path, monkeypatch):
+    monkeypatch.setattr(profiler, "BUSY_TIMEOUT", 0.01)
+    fill(path, 1)
+    with contextlib.closing(profiler.create_app(path, iterations=1)) as application, locked(path):
+        status, headers, body, errors = call(application, "DELETE", "/users/1/")
+    assert (status, headers["Retry-After"]) == (503, "1")
+    assert json.loads(body) == {"error": "The service is busy: try again"}
+    assert errors.count("\n") == 1
+    assert "database is locked" in errors
+    assert execute(path, 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+def test_a_writer_that_waits_too_long_for_another_thread_is_503(application, monkeypatch):
+    monkeypatch.setattr(profiler, "BUSY_TIMEOUT", 0.01)
+    with application.users.database.transaction():
+        status, headers, _, errors = call(application, "DELETE", "/users/1/")
+    assert (status, headers["Retry-After"]) == (503, "1")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("schema", [None, TUTORIAL_SCHEMA])
+def test_reads_go_on_while_a_writer_holds_the_lock(path, schema):
+    """Also the first of a process, and in a file that the lock keeps from being turned to WAL mode."""
+    if schema:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript(schema)
+    else:
+        fill(path, 0)
+    with locked(path), contextlib.closing(profiler.create_app(path)) as application:
+        assert call(application)[::2] == (200, b"[]")
+
+
+def test_reads_go_on_where_nothing_can_be_made(path):
+    """In WAL mode SQLite needs a file beside the database; a folder of its name keeps even root from making it."""
+    fill(path, 2)
+    os.mkdir(f"{path}-shm")
+    with contextlib.closing(profiler.create_app(path, iterations=1)) as application:
+        assert len(json.loads(call(application)[2])) == 2
+        assert call(application, "GET", "/users/2/")[0] == 200
+        status, _, _, errors = call(application, "DELETE", "/users/2/")
+    assert status == 503
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_a_file_with_a_log_or_a_journal_is_not_the_whole_database(path, suffix):
+    """To read it alone would be to pass over what was committed, or to see what was not."""
+    fill(path, 1)
+    database = profiler.Database(str(path))
+    assert database._is_whole()
+    (path.parent / (path.name + suffix)).write_bytes(b"a page of somebody's account")
+    assert not database._is_whole()
+
+
+@needs_fork
+@ignores_fork_warning
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become nobody")
+def test_a_place_that_may_only_be_read_is_served(tmp_path):
+    path = tmp_path / "db.sqlite3"
+    fill(path, 1)
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    for parent in tmp_path.parents[:2]:  # pytest keeps them to its user
+        parent.chmod(0o755)
+
+    def child():
+        os.setuid(65534)
+        application = profiler.create_app(path, iterations=1)
+        written = call(application, "POST", body=json.dumps(HARRY).encode())
+        return call(application)[0] == 200 and written[0] == 503 and written[3].count("\n") == 1
+
+    assert in_a_fork(child)
+
+
+def test_what_is_no_database_is_500_and_stays_as_it_is(path):
+    path.write_bytes(b"The diary of a famous wizard. " * 100)
+    with contextlib.closing(profiler.create_app(path)) as application:
+        status, _, body, errors = call(application)
+    assert (status, json.loads(body)) == (500, {"error": "Internal server error"})
+    assert "file is not a database" in errors
+    assert path.read_bytes() == b"The diary of a famous wizard. " * 100
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_no_such_folder_is_503(tmp_path):
+    status, _, body, errors = call(profiler.create_app(tmp_path / "missing" / "db.sqlite3"))
+    assert status == 503
+    assert "error" in json.loads(body)
+    assert "unable to open database file" in errors
+
+
+def test_a_table_of_another_shape_is_500(path):
+    execute(path, 'CREATE TABLE "user" (name TEXT)')
+    with contextlib.closing(profiler.create_app(path)) as application:
+        status, _, body, errors = call(application)
+    if sys.version_info >= (3, 11):  # earlier ones do not tell the mistake from a lock
+        assert (status, json.loads(body)) == (500, {"error": "Internal server error"})
+    assert "no such column" in errors
+
+
+def test_the_schema_is_the_tutorials_table_column_for_column(path):
+    fill(path, 0)
+    with contextlib.closing(sqlite3.connect(":memory:")) as tutorial:
+        tutorial.executescript(TUTORIAL_SCHEMA)
+        columns = tutorial.execute("PRAGMA table_info(user)").fetchall()
+    assert execute(path, 'PRAGMA table_info("user")') == columns
+
+
+def test_the_schema_is_found_in_a_zip_archive(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+        archive.write(HERE / "profiler.py", "profiler.py")
+        archive.write(HERE / "schema.sql", "schema.sql")
+    program = "import profiler; print(profiler.__file__, profiler.create_app('x.sqlite3').users.count())"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "app.zip")}
+    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout.split() == [str(tmp_path / "app.zip" / "profiler.py"), "0"], output.stderr
+
+
+def test_the_schema_is_found_without_a_module_spec(path):
+    """As mod_wsgi loads a script."""
+    namespace = {"__file__": str(HERE / "profiler.py"), "__name__": "_mod_wsgi_"}
+    exec(compile((HERE / "profiler.py").read_text("utf-8"), "profiler.py", "exec"), namespace)
+    with contextlib.closing(namespace["create_app"](path)) as application:
+        assert call(application)[0] == 200
+
+
+# -- users ---------------------------------------------------------------------
+
+
+def test_create_stores_the_fields_and_a_hash(client, path):
+    assert client.post_json(
+        "/users/", {**HARRY, "id": 7, "admin": True, "created_on": "1980-07-31"}, status=201
+    ).json == {"id": 1}
+    [(id_, first_name, last_name, email, password_hash, created_on)] = execute(path, 'SELECT * FROM "user"')
+    assert (id_, first_name, last_name, email) == (1, "Harry", "Potter", "harry@example.com")
+    assert profiler.verify_password(password_hash, "1234")
+    assert re.fullmatch("20[0-9]{2}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}", created_on)
+
+
+def test_ids_are_never_used_again(client):
+    for id_ in (1, 2, 3):
+        assert client.post_json("/users/", HARRY, status=201).json == {"id": id_}
+        client.delete(f"/users/{id_}/", status=204)
+
+
+@pytest.mark.parametrize("email", ["harry@example.com", "HARRY@Example.COM"])
+def test_an_email_is_taken_in_whatever_case(client, path, email):
+    client.post_json("/users/", HARRY, status=201)
+    answer = client.post_json("/users/", {**RON, "email": email}, status=400)
+    assert answer.json == {"error": "This email is already registered"}
+    assert execute(path, 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+def test_an_email_of_other_letters_is_taken_in_whatever_case_too(client):
+    """SQLite's NOCASE knows ASCII alone."""
+    client.post_json("/users/", {**HARRY, "email": "ŻÓŁW@Example.com"}, status=201)
+    client.post_json("/users/", {**HARRY, "email": "żółw@example.COM"}, status=400)
+    assert client.get("/users/1/").json["email"] == "żółw@example.com"
+
+
+def test_a_taken_email_is_refused_before_the_password_is_hashed(client, monkeypatch):
+    client.post_json("/users/", HARRY, status=201)
+    monkeypatch.setattr(profiler, "hash_password", lambda *_: pytest.fail("hashed"))
+    client.post_json("/users/", HARRY, status=400)
+
+
+def test_an_email_taken_during_the_hashing_is_refused_as_well(application, path, monkeypatch):
+    """The first look is for speed; the statement itself decides."""
+    monkeypatch.setattr(application.users, "_hash", lambda password: fill(path, 1) or "hash")
+    body = json.dumps({**HARRY, "email": "USER1@example.com"}).encode()
+    status, _, content, _ = call(application, "POST", body=body)
+    assert (status, json.loads(content)) == (400, {"error": "This email is already registered"})
+
+
+def test_eight_threads_fight_for_25_emails_and_each_has_one_winner(application):
+    def post(number):
+        body = json.dumps({**HARRY, "email": f"{number % 25}@example.com"}).encode()
+        status, _, content, _ = call(application, "POST", body=body)
+        return status, json.loads(content).get("error")
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(post, range(200)))
+    assert answers.count((201, None)) == 25
+    assert answers.count((400, "This email is already registered")) == 175
+
+
+def test_no_more_hashes_run_at_once_than_hashers(path, monkeypatch):
+    """The third thread waits for a core while two hash; too long a wait is told."""
+    monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.05)
+    started, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow_hash(password, iterations):
+        started.release()
+        assert go_on.wait(10)
+        return "hash"
+
+    monkeypatch.setattr(profiler, "hash_password", slow_hash)
+    application = profiler.Application(profiler.Users(profiler.Database(str(path)), ITERATIONS, hashers=2))
+
+    def post(number):
+        return call(application, "POST", body=json.dumps({**HARRY, "email": f"{number}@example.com"}).encode())
+
+    with contextlib.closing(application), ThreadPoolExecutor(2) as threads:
+        two = [threads.submit(post, number) for number in (1, 2)]
+        assert started.acquire(timeout=10)
+        assert started.acquire(timeout=10)
+        status, headers, _, errors = post(3)
+        go_on.set()
+        assert [answer.result()[0] for answer in two] == [201, 201]
+    assert (status, headers["Retry-After"]) == (503, "1")
+    assert errors.count("\n") == 1
+
+
+def test_the_list_is_every_user_in_the_order_of_ids(client, path):
+    assert client.get("/users/").json == []
+    fill(path, 3)
+    execute(path, 'UPDATE "user" SET id = 100 WHERE id = 1')
+    users = client.get("/users/").json
+    assert [user["id"] for user in users] == [2, 3, 100]
+    assert all(list(user) == ["id", "first_name", "last_name", "email", "created_on"] for user in users)
+
+
+@pytest.mark.parametrize("count", [profiler.BATCH - 1, profiler.BATCH, profiler.BATCH + 1, 3 * profiler.BATCH])
+def test_a_list_of_batches_is_one_list(client, path, count):
+    fill(path, count)
+    assert [user["id"] for user in client.get("/users/").json] == list(range(1, count + 1))
+
+
+def test_a_streamed_list_holds_no_lock_and_no_snapshot(application, path):
+    """Between two batches the write-ahead log can be emptied: it does not grow behind a slow reader."""
+    fill(path, 3 * profiler.BATCH)
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/users/"}
+    setup_testing_defaults(environ)
+    reader = application(environ, lambda *_: None)
+    next(iter(reader))
+    execute(path, 'DELETE FROM "user" WHERE id = ?', (3 * profiler.BATCH,))
+    [(busy, _, _)] = execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert busy == 0
+    reader.close()
+
+
+def test_the_memory_of_a_list_does_not_grow_with_the_users(application, path):
+    def peak():
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/users/"}
+        setup_testing_defaults(environ)
+        tracemalloc.start()
+        for _ in application(environ, lambda *_: None):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    fill(path, 2 * profiler.BATCH)
+    small = peak()
+    execute(path, 'DELETE FROM "user"')
+    fill(path, 20 * profiler.BATCH)
+    assert peak() < 1.5 * small
+
+
+def test_get_is_exactly_the_public_columns(client):
+    client.post_json("/users/", HARRY)
+    answer = client.get("/users/1/")
+    assert list(answer.json) == ["id", "first_name", "last_name", "email", "created_on"]
+    assert {**answer.json, "created_on": None} == {
+        "id": 1, "first_name": "Harry", "last_name": "Potter", "email": "harry@example.com", "created_on": None
+    }  # fmt: skip
+    assert "pbkdf2" not in answer.text
+
+
+def test_names_may_hold_any_letters(client):
+    name = "Złośnica \"\\/' 🐍 \u2028"
+    client.post_json("/users/", {**HARRY, "first_name": name})
+    assert client.get("/users/1/").json["first_name"] == name
+    assert client.get("/users/").json[0]["first_name"] == name
+
+
+@pytest.mark.parametrize("cell", ["CAST(X'ff41c3' AS TEXT)", "X'ff41c3'"])
+def test_a_cell_that_is_not_utf8_breaks_nothing(client, path, cell):
+    fill(path, 2)
+    execute(path, f'UPDATE "user" SET first_name = {cell} WHERE id = 1')
+    assert client.get("/users/1/").json["first_name"] == "\ufffdA\ufffd"
+    assert [user["first_name"] for user in client.get("/users/").json] == ["\ufffdA\ufffd", "First2"]
+
+
+def test_update_changes_names_and_email_and_nothing_else(client, path):
+    client.post_json("/users/", HARRY)
+    [before] = execute(path, 'SELECT id, password, created_on FROM "user"')
+    assert client.put_json("/users/1/", {**RON, "password": ["ignored"]}, status=200).json == {"id": 1}
+    assert execute(path, 'SELECT first_name, last_name, email FROM "user"') == [("Ron", "Weasley", "ron@example.com")]
+    assert execute(path, 'SELECT id, password, created_on FROM "user"') == [before]
+
+
+def test_update_may_keep_the_email_or_change_its_case(client):
+    client.post_json("/users/", HARRY)
+    client.put_json("/users/1/", {**HARRY, "first_name": "H."}, status=200)
+    client.put_json("/users/1/", {**HARRY, "email": "Harry@Example.com"}, status=200)
+    assert client.get("/users/1/").json["email"] == "Harry@Example.com"
+
+
+def test_update_to_anothers_email_is_400(client):
+    client.post_json("/users/", HARRY)
+    client.post_json("/users/", RON)
+    answer = client.put_json("/users/2/", {**RON, "email": "HARRY@example.com"}, status=400)
+    assert answer.json == {"error": "This email is already registered"}
+    assert client.get("/users/2/").json["email"] == "ron@example.com"
+
+
+@pytest.mark.parametrize("fields", [HARRY, RON])
+def test_update_of_nobody_is_404_whatever_the_email(client, fields):
+    client.post_json("/users/", HARRY)
+    assert client.put_json("/users/2/", fields, status=404).json == {"error": "Invalid user id"}
+
+
+def test_delete_is_204_whether_there_was_a_user_or_not(client, path):
+    client.post_json("/users/", HARRY)
+    for _ in range(2):
+        answer = client.delete("/users/1/", status=204)
+        assert answer.body == b""
+    assert execute(path, 'SELECT * FROM "user"') == []
+
+
+def test_a_file_of_the_tutorials_service_is_served_as_it_is(client, path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TUTORIAL_SCHEMA)
+    row = ("Harry", "Potter", "harry@example.com", "pbkdf2:sha256:150000$salt$0", "2020-01-02 03:04:05")
+    execute(path, "INSERT INTO user (first_name, last_name, email, password, created_on) VALUES (?, ?, ?, ?, ?)", row)
+    assert client.get("/users/1/").json["created_on"] == "2020-01-02 03:04:05"
+    client.post_json("/users/", {**RON, "email": "Harry@example.com"}, status=400)
+    assert client.post_json("/users/", RON, status=201).json == {"id": 2}
+    client.put_json("/users/2/", {**RON, "email": "HARRY@example.com"}, status=400)
+    assert execute(path, "SELECT sql FROM sqlite_master WHERE name = 'user'")[0][0] == TUTORIAL_SCHEMA.strip()[:-1]
+
+
+def test_users_of_such_a_file_whose_emails_differ_only_in_case_can_be_updated(client, path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TUTORIAL_SCHEMA)
+    for email in ("harry@example.com", "HARRY@example.com"):
+        execute(path, "INSERT INTO user (first_name, last_name, email, password) VALUES ('H', 'P', ?, 'x')", (email,))
+    client.put_json("/users/1/", {**HARRY, "first_name": "H."}, status=200)
+    client.put_json("/users/1/", {**HARRY, "email": "Harry@example.com"}, status=400)
+
+
+# -- HTTP ----------------------------------------------------------------------
+
+
+def post(application, body, **environ):
+    """POST a body as it is; return the status and the error."""
+    status, _, content, _ = call(application, "POST", body=body, **environ)
+    return status, json.loads(content).get("error")
+
+
+BODY = json.dumps(HARRY).encode()
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "APPLICATION/JSON",
+        "application/json; charset=utf-8",
+        'application/json;a=b; Charset="UTF-8"',
+    ],
+)
+def test_json_is_taken_under_each_of_its_names(application, content_type):
+    assert post(application, BODY, CONTENT_TYPE=content_type)[0] == 201
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["", "text/plain", "application/jsonp", "application/x-www-form-urlencoded", "application/json; charset=latin-1"],
+)
+def test_another_content_type_is_415(application, content_type):
+    status, error = post(application, BODY, CONTENT_TYPE=content_type)
+    assert status == 415
+    assert "application/json" in error
+
+
+class Unreadable(io.BytesIO):
+    def read(self, *_):
+        pytest.fail("read")
+
+
+def test_a_body_over_the_cap_is_413_before_it_is_read(application):
+    length = str(profiler.MAX_BODY + 1)
+    assert (
+        post(application, b"", CONTENT_TYPE="application/json", CONTENT_LENGTH=length, **{"wsgi.input": Unreadable()})[
+            0
+        ]
+        == 413
+    )
+
+
+def test_a_body_of_the_cap_is_taken(application):
+    body = BODY + b" " * (profiler.MAX_BODY - len(BODY))
+    assert post(application, body)[0] == 201
+    assert post(application, body + b" ")[0] == 413
+
+
+@pytest.mark.parametrize("length", ["+5", "-1", "5.0", "0x5", "5 ", "٣", "five", "5,5"])
+def test_a_length_that_is_not_digits_is_400(application, length):
+    status, error = post(application, BODY, CONTENT_LENGTH=length)
+    assert status == 400
+    assert "Content-Length" in error
+
+
+def test_a_length_of_5000_digits_is_413(application):
+    assert post(application, BODY, CONTENT_LENGTH="9" * 5000)[0] == 413
+
+
+def test_no_more_is_read_than_the_length(application):
+    stream = io.BytesIO(BODY + b"GET / HTTP/1.1")
+    assert post(application, BODY, **{"wsgi.input": stream})[0] == 201
+    assert stream.read() == b"GET / HTTP/1.1"
+
+
+class Trickle(io.BytesIO):
+    """Gives a byte at a time, and insists on being told how many are wanted."""
+
+    def read(self, size):
+        assert size > 0
+        return super().read(1)
+
+
+def test_a_body_may_arrive_in_pieces(application):
+    assert post(application, BODY, **{"wsgi.input": Trickle(BODY)})[0] == 201
+
+
+def test_a_body_shorter_than_its_length_is_400(application):
+    status, error = post(application, BODY, CONTENT_LENGTH=str(len(BODY) + 1))
+    assert status == 400
+    assert "shorter" in error
+
+
+def test_a_client_that_leaves_or_stalls_is_no_error_of_ours(application):
+    class Broken(io.BytesIO):
+        def read(self, size):
+            raise self.error
+
+    for error, expected in ((ConnectionResetError(), 400), (TimeoutError(), 400), (profiler.socket.timeout(), 408)):
+        stream = Broken()
+        stream.error = error
+        status, _, _, errors = call(application, "POST", body=BODY, **{"wsgi.input": stream})
+        assert status == expected or sys.version_info >= (3, 10)
+        assert errors == ""
+
+
+def test_a_chunked_body_that_the_server_decodes_is_read_up_to_the_cap(application):
+    chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True, "CONTENT_LENGTH": ""}
+    assert post(application, BODY, **chunked)[0] == 201
+    assert post(application, b" " * (profiler.MAX_BODY + 1), **chunked)[0] == 413
+
+
+def test_a_chunked_body_that_the_server_does_not_decode_is_411(application):
+    for length in ("", str(len(BODY))):
+        assert post(application, BODY, HTTP_TRANSFER_ENCODING="chunked", CONTENT_LENGTH=length)[0] == 411
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b"{'first_name': 1}", "must be JSON"),
+        (b"\xef\xbb\xbf{}", "must be JSON"),
+        (b'{"first_name": NaN}', "NaN"),
+        (b'{"first_name": -Infinity}', "Infinity"),
+        (b'{"age": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"first_name": "H\xe9"}', "UTF-8"),
+        (BODY.decode().encode("utf-16"), "UTF-8"),
+        (b"[" * 60_000, "nested"),
+        (b'{"a":' * 12_000, "nested"),
+        (b"[]", "object"),
+        (b'"Harry"', "object"),
+        (b"null", "object"),
+        (b"1", "object"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_400_and_told_why(application, body, says):
+    status, error = post(application, body, CONTENT_TYPE="application/json", CONTENT_LENGTH=str(len(body)))
+    assert status == 400
+    assert says in error
+
+
+@pytest.mark.parametrize("name", HARRY)
+@pytest.mark.parametrize("value", [..., "", " \t\n", None, False])
+def test_a_field_that_is_missing_or_blank_is_400(client, name, value):
+    fields = {key: value for key, value in {**HARRY, name: value}.items() if value is not ...}
+    assert client.post_json("/users/", fields, status=400).json == {"error": "Required fields are missing"}
+    if name != "password":
+        assert client.put_json("/users/1/", fields, status=400).json == {"error": "Required fields are missing"}
+
+
+@pytest.mark.parametrize("name", HARRY)
+@pytest.mark.parametrize("value", [1, 1.5, True, ["Harry"], {"a": 1}])
+def test_a_field_that_is_no_string_is_400_and_named(client, name, value):
+    assert client.post_json("/users/", {**HARRY, name: value}, status=400).json == {"error": f"{name} must be a string"}
+
+
+@pytest.mark.parametrize("name", HARRY)
+def test_a_lone_surrogate_is_400_and_its_field_named(client, name):
+    answer = client.post_json("/users/", {**HARRY, name: "\ud800@example.com"}, status=400)
+    assert answer.json == {"error": f"{name} must not contain a lone surrogate"}
+
+
+@pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\x7f", "\x85"])
+@pytest.mark.parametrize("name", ["first_name", "last_name", "email"])
+def test_a_control_character_is_400_and_its_field_named(client, name, character):
+    answer = client.post_json("/users/", {**HARRY, name: f"a{character}@b"}, status=400)
+    assert answer.json == {"error": f"{name} must not contain control characters"}
+
+
+def test_a_password_may_hold_anything_but_nul(client, path):
+    client.post_json("/users/", {**HARRY, "password": "a\0"}, status=400)
+    client.post_json("/users/", {**HARRY, "password": " \n\x7f ż"}, status=201)
+    [(password_hash,)] = execute(path, 'SELECT password FROM "user"')
+    assert profiler.verify_password(password_hash, " \n\x7f ż")
+
+
+@pytest.mark.parametrize("email", ["a@b", "a.b+c@d-e", "ż@ó.pl", "a" * 252 + "@b"])
+def test_an_email_has_one_at_sign_with_something_on_both_sides(client, email):
+    client.post_json("/users/", {**HARRY, "email": email}, status=201)
+    assert client.get("/users/1/").json["email"] == email
+
+
+@pytest.mark.parametrize("email", ["harry", "@", "a@", "@b", "a@b@c", "a b@c", "a@b\u00a0", "a@b ", "a" * 253 + "@b"])
+def test_another_email_is_400(client, email):
+    assert "email must be" in client.post_json("/users/", {**HARRY, "email": email}, status=400).json["error"]
+
+
+# -- endpoints -----------------------------------------------------------------
+
+
+def test_created_says_where(client):
+    answer = client.post_json("/users/", HARRY, status=201)
+    assert answer.headers["Location"] == "/users/1/"
+
+
+@pytest.mark.parametrize(
+    ("mount_point", "location"),
+    [
+        ("/api", "/api/users/1/"),
+        ("//evil.com", "/evil.com/users/1/"),
+        ("/a b\u00c3\u00a9\n", "/a%20b%C3%A9%0A/users/1/"),
+    ],
+)
+def test_location_carries_the_mount_point_and_stays_on_the_host(application, mount_point, location):
+    assert call(application, "POST", body=BODY, SCRIPT_NAME=mount_point)[1]["Location"] == location
+
+
+@pytest.mark.parametrize("slash", ["/", ""])
+def test_the_last_slash_is_optional(client, slash):
+    client.post_json(f"/users{slash}", HARRY, status=201)
+    assert len(client.get(f"/users{slash}").json) == 1
+    client.put_json(f"/users/1{slash}", RON, status=200)
+    client.get(f"/users/1{slash}", status=200)
+    client.delete(f"/users/1{slash}", status=204)
+
+
+def test_get_of_nobody_is_404(client):
+    assert client.get("/users/1/", status=404).json == {"error": "Invalid user id"}
+
+
+@pytest.mark.parametrize(
+    "digits",
+    [
+        "0",
+        "9223372036854775807",
+        "9223372036854775808",
+        "9" * 5000,
+        "+1",
+        "-1",
+        "1.0",
+        "\u0663",
+        "1/\n",
+        "1\n",
+        "\n",
+        " 1",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_an_id_that_nobody_can_have_is_404(application, digits, method):
+    fill_path = application.users.database.path
+    fill(fill_path, 1)
+    path_info = f"/users/{digits}/".encode().decode("latin-1")
+    assert call(application, method, path_info, body=BODY)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path_info", ["", "/", "/users//", "/users/1//", "//users/", "/users/1/x", "/Users/", "/users/\n", "*"]
+)
+def test_another_path_is_404(application, path_info):
+    status, _, body, _ = call(application, "GET", path_info)
+    assert (status, list(json.loads(body))) == (404, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("path_info", "allow"), [("/users/", "GET, HEAD, OPTIONS, POST"), ("/users/1/", "DELETE, GET, HEAD, OPTIONS, PUT")]
+)
+def test_another_method_is_405_and_options_tells_which(application, path_info, allow):
+    for method in ("PATCH", "get", "PROPFIND", "TRACE"):
+        status, headers, body, _ = call(application, method, path_info)
+        assert (status, headers["Allow"], list(json.loads(body))) == (405, allow, ["error"])
+    status, headers, body, _ = call(application, "OPTIONS", path_info)
+    assert (status, headers["Allow"], body) == (204, allow, b"")
+
+
+@pytest.mark.parametrize("path_info", ["/users/", "/users/1/", "/users/2/", "/nowhere/"])
+def test_head_is_get_without_the_body(application, path_info):
+    fill(application.users.database.path, 1)
+    status, headers, body, _ = call(application, "GET", path_info)
+    assert call(application, "HEAD", path_info) == (status, headers, b"", "")
+    assert headers["Content-Length"] == str(len(body))
+
+
+# -- application ---------------------------------------------------------------
+
+
+def test_every_response_has_the_safe_headers(application):
+    requests = [
+        ("GET", "/users/"),
+        ("GET", "/users/9/"),
+        ("DELETE", "/users/9/"),
+        ("PATCH", "/users/"),
+        ("OPTIONS", "/users/"),
+        ("GET", "/"),
+    ]
+    for method, path_info in requests:
+        status, headers, _, _ = call(application, method, path_info)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert ("Content-Type" in headers, "Content-Length" in headers) == (status != 204,) * 2
+
+
+def test_what_goes_wrong_is_500_with_a_traceback_for_the_operator_alone(application, monkeypatch):
+    monkeypatch.setattr(application.users, "get", lambda user_id: 1 / 0)
+    status, _, body, errors = call(application, "GET", "/users/1/")
+    assert (status, json.loads(body)) == (500, {"error": "Internal server error"})
+    assert "ZeroDivisionError" in errors
+
+
+def test_no_password_and_no_hash_is_in_a_response_or_a_log(application, path, monkeypatch):
+    said = []
+    for method, path_info, body in [
+        ("POST", "/users/", BODY),
+        ("POST", "/users/", BODY),
+        ("GET", "/users/", b""),
+        ("PUT", "/users/1/", BODY),
+    ]:
+        said.append(call(application, method, path_info, body))
+    monkeypatch.setattr(application.users, "update", lambda *_: 1 / 0)
+    said.append(call(application, "PUT", "/users/1/", BODY))
+    [(password_hash,)] = execute(path, 'SELECT password FROM "user"')
+    assert "1234" not in repr(said)
+    assert password_hash.split("$")[2] not in repr(said)
+
+
+def test_both_names_are_one_application():
+    assert profiler.app is profiler.application
+
+
+def test_the_application_is_configured_by_the_environment_at_its_first_request(tmp_path):
+    program = (
+        "import profiler, os, io\n"
+        "from wsgiref.util import setup_testing_defaults\n"
+        "os.environ['PROFILER_DATABASE'] = 'named.sqlite3'\n"
+        "environ = {'PATH_INFO': '/users/'}\n"
+        "setup_testing_defaults(environ)\n"
+        "print(profiler.application(environ, lambda *_: None))"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout == "[b'[]']\n", output.stderr
+    assert (tmp_path / "named.sqlite3").exists()
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_argument_or_environment_the_database_is_the_tutorials(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PROFILER_DATABASE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PROFILER_DATABASE", value)
+    assert profiler.create_app().users.database.path == str(tmp_path / "db.sqlite3")
+
+
+def test_a_path_given_to_create_app_goes_before_the_environment(path, monkeypatch):
+    monkeypatch.setenv("PROFILER_DATABASE", "/elsewhere")
+    assert profiler.create_app(path).users.database.path == str(path)
+
+
+@pytest.mark.parametrize("iterations", [0, -1, profiler.MAX_ITERATIONS + 1])
+def test_create_app_refuses_impossible_iterations(path, iterations):
+    with pytest.raises(ValueError, match="iterations"):
+        profiler.create_app(path, iterations=iterations)
+
+
+def test_it_runs_as_a_cgi_program(tmp_path):
+    program = "from wsgiref.handlers import CGIHandler; from profiler import application; CGIHandler().run(application)"
+    environ = {
+        **os.environ, "PYTHONPATH": str(HERE), "REQUEST_METHOD": "POST", "PATH_INFO": "/users/", "SCRIPT_NAME": "/cgi-bin/users",
+        "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(BODY)), "SERVER_NAME": "localhost", "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1", "GATEWAY_INTERFACE": "CGI/1.1",
+    }  # fmt: skip
+    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, input=BODY, capture_output=True)
+    head, _, body = output.stdout.partition(b"\r\n\r\n")
+    assert head.startswith(b"Status: 201 Created")
+    assert b"Location: /cgi-bin/users/users/1/" in head
+    assert json.loads(body) == {"id": 1}
