@@ -192,7 +192,7 @@ class Database:
         # Under a lock, because to close a file drops the POSIX locks that this process's connections hold on it.
         with self._creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        connection = sqlite3.connect(self.path, BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.text_factory = bytes
             with contextlib.suppress(sqlite3.OperationalError):  # a read-only place, or others at work: as it is, then
