@@ -21,34 +21,38 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import os
 import pathlib
 import re
 import secrets
+import signal
 import socket
 import socketserver
 import sqlite3
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
+from urllib.parse import quote, unquote
+from wsgiref.handlers import format_date_time
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
+    from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 __version__ = "1.0.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 # Every limit of the service, its unit and where the number comes from.
 
-HOST, PORT = "127.0.0.1", 5000  # the tutorial's, which are Flask's
+HOST, PORT, WORKERS = "127.0.0.1", "5000", "1"  # the tutorial's, which are Flask's
 DATABASE = "db.sqlite3"  # the tutorial's file
 
 ITERATIONS = 600_000  # of PBKDF2-HMAC-SHA256: OWASP Password Storage Cheat Sheet
@@ -66,6 +70,25 @@ HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
 RETRY_AFTER = 1  # seconds, told to whom either wait was too long
 IDLE_CONNECTIONS = 16  # kept open between requests
 BATCH = 500  # users read from the database at once
+
+MIN_TOKEN = 16  # characters
+
+# Of the server; seconds, unless they say otherwise.
+MAX_CONNECTIONS = 1000  # a thread each
+MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
+MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
+MAX_FIELDS = 100  # of a head: Apache's, and http.client's
+MAX_LINGER = 16 * 1024 * 1024  # bytes read, after the answer, of a request that is refused
+IDLE_TIMEOUT = 15.0  # between requests
+HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
+BODY_TIMEOUT = 30.0  # from the end of the head to that of the body
+SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
+LINGER_TIMEOUT = 2.0  # without the client sending anything, after the answer
+DRAIN_TIMEOUT = 10.0  # for what is in flight when the server is told to stop: what docker stop allows
+POLL_INTERVAL = 0.1  # until a stop is noticed
+RESPAWN_INTERVAL = 1.0  # from the start of a worker that fails at once to the start of the next
+MAX_WORKERS = 256
+MAX_PORT = 2**16 - 1
 
 
 # -- passwords ---------------------------------------------------------------------------------------------------------
@@ -270,7 +293,7 @@ class Users:
         """Hash new passwords with so many iterations, at most `hashers` of them at once."""
         self.database = database
         self._iterations = iterations
-        self._hashers = threading.BoundedSemaphore(hashers)
+        self.hashers = threading.BoundedSemaphore(hashers)
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken; Busy, if no core is free to hash the password."""
@@ -329,12 +352,12 @@ class Users:
                 raise TableInUse(count)
 
     def _hash(self, password: str) -> str:
-        if not self._hashers.acquire(timeout=HASH_TIMEOUT):
+        if not self.hashers.acquire(timeout=HASH_TIMEOUT):
             raise Busy("no core was free to hash a password")
         try:
             return hash_password(password, self._iterations)
         finally:
-            self._hashers.release()
+            self.hashers.release()
 
 
 def _fold(email: str) -> str:
@@ -573,13 +596,17 @@ _UNKNOWN_CODE = 5  # Python 3.9 and 3.10 do not tell the code: there, whatever i
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
 _STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _JSON_TYPE = ("Content-Type", "application/json")
+_BEARER = ("WWW-Authenticate", "Bearer")  # RFC 6750 3
+_VISIBLE = re.compile("[!-~]+")
 
 
 class Application:
     """The WSGI callable. Make it with create_app; any number of threads may call it."""
 
-    def __init__(self, users: Users) -> None:
+    def __init__(self, users: Users, token: str | None) -> None:
+        """Serve these users, to whoever sends the token, if there is one."""
         self.users = users
+        self.token = None if token is None else token.encode()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request. Nothing that goes wrong before the response starts is left to the server."""
@@ -595,6 +622,8 @@ class Application:
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
         """Find the path's handler for the method and return its response. Raise what it raises; HTTPError 404, 405."""
+        if self.token is not None and not self._is_authorized(environ.get("HTTP_AUTHORIZATION", "")):
+            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", _BEARER)
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
@@ -606,18 +635,29 @@ class Application:
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
         raise HTTPError(HTTPStatus.NOT_FOUND, "Nothing is here: the users are at /users/")
 
+    def _is_authorized(self, authorization: str) -> bool:
+        scheme, _, token = authorization.partition(" ")  # RFC 9110 11.4
+        return scheme.lower() == "bearer" and hmac.compare_digest(token.strip(" ").encode(), self.token or b"")
 
-def create_app(database: str | os.PathLike[str] | None = None, *, iterations: int = ITERATIONS) -> Application:
+
+def create_app(
+    database: str | os.PathLike[str] | None = None, *, iterations: int = ITERATIONS, token: str | None = None
+) -> Application:
     """Return a WSGI application on a database: a path, else PROFILER_DATABASE, else db.sqlite3 in the current folder.
 
-    The file is made at the first request. `iterations` are those of PBKDF2 for new passwords.
-    Raise ValueError for a database that is no file, and for iterations outside 1..MAX_ITERATIONS.
+    The file is made at the first request. `iterations` are those of PBKDF2 for new passwords. With a token, else with
+    PROFILER_TOKEN, every request must carry it (RFC 6750); without, all are let in.
+    Raise ValueError for a database that is no file, iterations outside 1..MAX_ITERATIONS, a token that is too short.
     """
     if not 1 <= iterations <= MAX_ITERATIONS:
         raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or DATABASE
-    return Application(Users(Database(os.fspath(database)), iterations, _cores()))
+    if token is None:
+        token = os.environ.get("PROFILER_TOKEN")
+    if token is not None and not (len(token) >= MIN_TOKEN and _VISIBLE.fullmatch(token)):
+        raise ValueError(f"the token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
+    return Application(Users(Database(os.fspath(database)), iterations, _cores()), token)
 
 
 @functools.cache
@@ -669,62 +709,597 @@ def _cores() -> int:
 
 
 # -- server ------------------------------------------------------------------------------------------------------------
-# wsgiref with a thread for each connection.
+# wsgiref, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each wait, and a reader
+# of heads that refuses, and closes, wherever a proxy in front might read the same bytes otherwise (RFC 9112 11.2).
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
+_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _TOKEN)
+_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)\r\n" % _TOKEN)
+_AUTHORITY = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def parse_head(lines: Sequence[bytes]) -> WSGIEnvironment:
+    """Return what a request line and field lines, each with its CRLF, say: the part of an environ that is theirs.
+
+    Raise HTTPError, for whatever is not plainly HTTP/1.1 or 1.0: 400, 411, 417, 501, 505.
+    """
+    environ = _parse_request_line(lines[0])
+    for line in lines[1:]:
+        # RFC 9112 2.2: no bare CR or LF. 5.1: no space before the colon. 5.2: no folding. RFC 9110 5.5: no controls.
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise HTTPError(
+                HTTPStatus.BAD_REQUEST, "Each header must be a line `Name: value`, without control characters"
+            )
+        name, value = match[1].decode().upper(), match[2].strip(b" \t").decode("latin-1")
+        if "_" in name:  # in an environ it would pass for the name with a hyphen
+            continue
+        key = "HTTP_" + name.replace("-", "_")
+        if key in environ:
+            if key in ("HTTP_HOST", "HTTP_CONTENT_LENGTH"):  # RFC 9112 3.2 and 6.3: not even the same value twice
+                raise HTTPError(HTTPStatus.BAD_REQUEST, f"Send one {name.title()}")
+            value = f"{environ[key]}, {value}"  # RFC 9110 5.3
+        environ[key] = value
+    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
+    length = environ.pop("HTTP_CONTENT_LENGTH", None)
+    if length is not None:
+        parse_length(length)
+    environ["CONTENT_LENGTH"] = length or ""
+    _check_framing(environ)
+    return environ
+
+
+def _parse_request_line(line: bytes) -> WSGIEnvironment:
+    match = _REQUEST_LINE.fullmatch(line)  # RFC 9112 3
+    if not match:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The request line must be `METHOD /path HTTP/1.1`")
+    method, target, version = (part.decode("latin-1") for part in match.groups())
+    if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
+        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Speak HTTP/1.1 or HTTP/1.0")
+    if target[0] != "/" and target != "*":  # RFC 9112 3.2.2: the absolute form; 3.2.4: of OPTIONS, the asterisk
+        authority = _AUTHORITY.match(target)
+        if not authority:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "The request target must be a path")
+        target = target[authority.end() :]
+    path, _, query = target.partition("?")
+    return {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": unquote(path, "latin-1") if "%" in path else path,
+        "QUERY_STRING": query,
+        "SERVER_PROTOCOL": f"HTTP/{version}",
+    }
+
+
+def _check_framing(environ: WSGIEnvironment) -> None:
+    """Refuse a request about whose end, or addressee, there may be two opinions. Raise HTTPError."""
+    modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    if not _HOST.fullmatch(environ.get("HTTP_HOST", "" if not modern else " ")):  # RFC 9112 3.2
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "Send one Host, such as localhost:5000")
+    if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1
+        if environ["CONTENT_LENGTH"]:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "Send either a Content-Length or a Transfer-Encoding")
+        if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
+            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
+        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "This server knows no Transfer-Encoding: send a Content-Length")
+    if modern and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
+        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only Expect that can be met is 100-continue")
 
 
 class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """An HTTP server that answers requests side by side."""
+    """An HTTP server for one WSGI application. Its limits are attributes, which an instance may have otherwise."""
 
     daemon_threads = True
+    request_queue_size = max_connections = MAX_CONNECTIONS
+    idle_timeout, head_timeout, body_timeout = IDLE_TIMEOUT, HEAD_TIMEOUT, BODY_TIMEOUT
+    send_timeout, drain_timeout = SEND_TIMEOUT, DRAIN_TIMEOUT
+
+    def __init__(self, host: str, port: int, app: Application, access_log: bool = True) -> None:
+        """Listen on the first of the host's addresses. Raise OSError if that cannot be."""
+        self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.access_log = access_log
+        self.supervisor: int | None = None  # the process that this one is a worker of
+        self.draining = False
+        self._connections: dict[socket.socket, bool] = {}  # open ones: has it a request that is to be answered?
+        self._closed = threading.Condition()
+        super().__init__((str(address[0]), int(address[1])), RequestHandler)
+        self.socket.setblocking(False)  # another worker may have been quicker to accept
+        self.app = app
+
+    def server_bind(self) -> None:
+        """Bind the socket, without asking a name service what this host is called."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def service_actions(self) -> None:
+        """End a worker whose supervisor was killed."""
+        if self.supervisor not in (None, os.getppid()):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread of its own, or 503 where there are too many."""
+        self._connections[request] = False
+        try:
+            if len(self._connections) > self.max_connections:
+                raise RuntimeError
+            super().process_request(request, client_address)
+        except RuntimeError:  # also threading's own, where the system has no more threads
+            body = to_json({"error": _ERRORS[Busy].message})
+            fields = [
+                *_HEADERS,
+                *_ERRORS[Busy].headers,
+                _JSON_TYPE,
+                ("Content-Length", str(len(body))),
+                ("Connection", "close"),
+            ]
+            request.setblocking(False)
+            with contextlib.suppress(OSError):
+                request.send(_head(_STATUS_LINES[HTTPStatus.SERVICE_UNAVAILABLE], fields) + body)
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection and forget it."""
+        super().shutdown_request(request)
+        with self._closed:
+            self._connections.pop(request, None)
+            self._closed.notify_all()
+
+    def set_answering(self, request: socket.socket, answering: bool) -> None:
+        """Note whether a connection has a request that is still to be answered when the server stops."""
+        self._connections[request] = answering
+
+    def drain(self) -> bool:
+        """Accept no more, end the idle connections, and wait for the others; tell whether all ended in time."""
+        self.draining = True
+        self.socket.close()
+        for request, answering in list(self._connections.items()):
+            if not answering:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
+        with self._closed:
+            return self._closed.wait_for(lambda: not self._connections, self.drain_timeout)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Write the traceback of what nobody expected to stderr, in one piece."""
+        sys.stderr.write(traceback.format_exc())
+
+
+class RequestHandler(WSGIRequestHandler):
+    """One connection: its requests, one after another."""
+
+    server: Server
+
+    def setup(self) -> None:
+        """Prepare to receive within deadlines and to send without delay."""
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.receiver = _Receiver(self.connection)
+        self.stream = io.BufferedReader(self.receiver)
+        self.close_connection = False
+
+    def handle(self) -> None:
+        """Answer requests until either side wants no more."""
+        with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
+            while not self.close_connection:
+                self.handle_one_request()
+            self._linger()
+
+    def finish(self) -> None:
+        """Leave it to the server to close the connection."""
+
+    def handle_one_request(self) -> None:
+        """Read a request and answer it. Raise OSError if the client is not there."""
+        self.receiver.set_timeout(self.server.idle_timeout)
+        if not self.stream.peek(1):
+            self.close_connection = True
+            return
+        self.receiver.set_timeout(self.server.head_timeout)
+        self.requestline = ""
+        try:
+            environ = parse_head(self._read_head())
+        except socket.timeout:
+            self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
+        except HTTPError as error:
+            self._refuse(error)
+        else:
+            self.server.set_answering(self.connection, True)
+            self.receiver.set_timeout(self.server.body_timeout)
+            body = Body(self, environ)
+            self._answer(self.server.app, self._complete(environ, body), body)
+            if not self.close_connection:
+                body.discard()
+                self.server.set_answering(self.connection, False)
+
+    def send(self, message: bytes) -> None:
+        """Send it all, however slowly the client reads, as long as it does read. Raise ClientGone otherwise."""
+        self.connection.settimeout(self.server.send_timeout)
+        view = memoryview(message)
+        try:
+            while view:
+                view = view[self.connection.send(view) :]
+        except OSError as error:
+            raise ClientGone from error
+
+    def _read_head(self) -> list[bytes]:
+        """Return the request line and the field lines. Raise HTTPError: 400, 414, 431; socket.timeout."""
+        line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
+        if line == b"\r\n":  # RFC 9112 2.2: one that follows the body before is passed over
+            line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
+        self.requestline = line.decode("latin-1").rstrip("\r\n")
+        lines, size = [line], len(line)
+        while line != b"\r\n":
+            if not line:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, "The request ended before the empty line after its headers")
+            line = self._read_line(MAX_HEAD - size, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            lines.append(line)
+            size += len(line)
+            if len(lines) > MAX_FIELDS + 2:
+                raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_FIELDS} headers")
+        return lines[:-1]
+
+    def _read_line(self, limit: int, status: HTTPStatus) -> bytes:
+        line = self.stream.readline(limit + 1)
+        if len(line) > limit:
+            raise HTTPError(status, f"Send a request line of at most {MAX_REQUEST_LINE} bytes, a head of {MAX_HEAD}")
+        return line
+
+    def _complete(self, environ: WSGIEnvironment, body: Body) -> WSGIEnvironment:
+        """Return the environ with what is not in the head of the request (PEP 3333)."""
+        return {
+            **self.server.base_environ,
+            **environ,
+            "REMOTE_ADDR": self.client_address[0],
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BufferedReader(body) if body.remaining else io.BytesIO(),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": self.server.supervisor is not None,
+            "wsgi.run_once": False,
+        }
+
+    def _refuse(self, error: HTTPError) -> None:
+        """Answer with an error, as the last thing on this connection."""
+        self.close_connection = True
+        method = self.requestline.partition(" ")[0]
+        response = Response(error.status, to_json({"error": error.message}), error.headers)
+        self._answer(functools.partial(_send, response), {"REQUEST_METHOD": method}, Body(self, {}))
+
+    def _answer(self, application: WSGIApplication, environ: WSGIEnvironment, body: Body) -> None:
+        """Send the application's response; if it raises, 500, or a response without its end if that has begun."""
+        started: list[Any] = []
+        result: Iterable[bytes] = ()
+        sent = False
+        size = 0
+        try:
+            result = application(environ, lambda *status_and_headers: started.extend(status_and_headers))  # type: ignore
+            parts = iter(result)
+            part = next(parts, b"")  # an application may start its response as late as here
+            head, chunked = self._begin(started[0], started[1], environ, body)
+            sent = True
+            self.send(head + _frame(part, chunked))
+            size = len(part)
+            for part in parts:
+                self.send(_frame(part, chunked))
+                size += len(part)
+            if chunked:
+                self.send(b"0\r\n\r\n")
+            self.log_request(started[0][:3], size)
+        except ClientGone:
+            raise
+        except Exception:
+            sys.stderr.write(traceback.format_exc())
+            self.close_connection = True
+            if not sent:
+                self._refuse(_INTERNAL_ERROR)
+        finally:
+            if hasattr(result, "close"):
+                result.close()
+
+    def _begin(
+        self, status: str, headers: list[tuple[str, str]], environ: WSGIEnvironment, body: Body
+    ) -> tuple[bytes, bool]:
+        """Decide how the response ends (RFC 9112 6.3), and whether the connection does; return the head, and if it is chunked."""
+        modern = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        ends = (
+            environ["REQUEST_METHOD"] == "HEAD"
+            or status[:3] == "204"
+            or any(n.lower() == "content-length" for n, _ in headers)
+        )
+        options = environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(",")
+        if not modern or "close" in options or self.server.draining or not body.is_discardable():
+            self.close_connection = True
+        chunked = modern and not ends
+        if chunked:
+            headers = [*headers, ("Transfer-Encoding", "chunked")]
+        if self.close_connection:
+            headers = [*headers, ("Connection", "close")]
+        return _head(status, headers), chunked
+
+    def _linger(self) -> None:
+        """Read on for a while (RFC 9112 9.6): if bytes are unread at the close, TCP takes the answer back."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline, left = time.monotonic() + self.server.body_timeout, MAX_LINGER
+        self.connection.settimeout(LINGER_TIMEOUT)
+        while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(MAX_BODY)):
+            left -= len(received)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Write a line in Common Log Format to stderr."""
+        if self.server.access_log:
+            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
+            line = f'{self.client_address[0]} - - [{_clock(int(time.time()))[1]}] "{request}" {code} {size}\n'
+            with contextlib.suppress(OSError):
+                sys.stderr.write(line)
+
+
+class ClientGone(ConnectionError):
+    """The client has closed the connection, or reads nothing."""
+
+
+class Body(io.RawIOBase):
+    """The body of a request: as many bytes as its Content-Length says, and not one of the next request."""
+
+    def __init__(self, handler: RequestHandler, environ: WSGIEnvironment) -> None:
+        """Take the connection that it arrives on, and what the request says of it."""
+        self.remaining = parse_length(environ.get("CONTENT_LENGTH") or "0")
+        self._handler = handler
+        self._expected = "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        self._ended = False
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some of the body; tell the client first to send it, if it waits for that (RFC 9110 10.1.1)."""
+        if self._expected and self.remaining:
+            self._expected = False
+            self._handler.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._ended = True  # unless something arrives
+        count = self._handler.stream.readinto1(memoryview(buffer)[: self.remaining])
+        self._ended = count == 0
+        self.remaining -= count
+        return count
+
+    def is_discardable(self) -> bool:
+        """Tell whether what the application left is so little, and so sure to arrive, that the connection can go on."""
+        return self.remaining == 0 or (self.remaining <= MAX_BODY and not self._expected and not self._ended)
+
+    def discard(self) -> None:
+        """Read what is left. Raise OSError if it does not arrive."""
+        while self.remaining:
+            if not self.read(self.remaining):
+                raise ClientGone
+
+
+class _Receiver(io.RawIOBase):
+    """The receiving side of a socket, with a deadline for the sum of all waits."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline = 0.0
+
+    def set_timeout(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("the deadline has passed")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
+def _frame(part: bytes, chunked: bool) -> bytes:
+    """Return a part of a body as it is sent: an empty chunk, which would be the last, is none (RFC 9112 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part
+
+
+def _head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return the head of a response."""
+    lines = [f"HTTP/1.1 {status}", f"Date: {_clock(int(time.time()))[0]}", f"Server: profiler/{__version__}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+
+
+@functools.lru_cache(maxsize=1)
+def _clock(second: int) -> tuple[str, str]:
+    """Return a time as a Date header has it, and as Common Log Format does."""
+    return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
+
+
+def serve(server: Server) -> None:
+    """Serve until SIGTERM or SIGINT; then answer what is in flight, within the server's drain_timeout."""
+
+    def stop(*_: object) -> None:
+        threading.Thread(target=server.shutdown).start()  # it waits for this thread, so it needs another
+
+    for signum in _SIGNALS:
+        signal.signal(signum, stop)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    server.serve_forever(POLL_INTERVAL)
+    server.drain()
+    server.app.close()
+
+
+def supervise(server: Server, workers: int) -> None:
+    """Keep so many processes serving until SIGTERM or SIGINT, which they are told; return when all have ended."""
+    workers_since: dict[int, float] = {}  # by process id
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in workers_since:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    server.supervisor = os.getpid()
+    for signum in _SIGNALS:
+        signal.signal(signum, stop)
+    while True:
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _SIGNALS
+        )  # no worker may be overlooked, nor told by its elder's handler
+        while not stopping and len(workers_since) < workers:
+            pid = os.fork()
+            if pid == 0:
+                _work(server)
+            workers_since[pid] = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if not workers_since:
+            return
+        pid, status = os.wait()
+        age = time.monotonic() - workers_since.pop(pid)
+        if not stopping:
+            code = os.waitstatus_to_exitcode(status)
+            sys.stderr.write(f"profiler: worker {pid} ended with {code}: another takes its place\n")
+            time.sleep(max(0.0, RESPAWN_INTERVAL - age))
+
+
+def _work(server: Server) -> NoReturn:
+    """Be a worker, to the end of the process: nothing of the supervisor's is run after a fork."""
+    status = 1
+    try:
+        serve(server)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
-    arguments = _parse_arguments(argv)
+def _address(text: str) -> str:
     try:
-        app = create_app(arguments.database)
+        return str(socket.getaddrinfo(text or None, 0, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ValueError(f"{text!r} is no address: {error.strerror}") from None
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > MAX_PORT:
+        raise ValueError(f"{text!r} is no port: name one from 0 to {MAX_PORT}")
+    return int(text)
+
+
+def _workers(text: str) -> int:
+    if text == "auto":
+        return _cores() if hasattr(os, "fork") else 1
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WORKERS:
+        raise ValueError(f"{text!r} is no number of workers: name one from 1 to {MAX_WORKERS}, or auto")
+    if int(text) > 1 and not hasattr(os, "fork"):
+        raise ValueError("this system has no fork: 1 is all it can have")
+    return int(text)
+
+
+# By flag: the environment's variables, first come first served; the default; what reads the text; the help.
+_SETTINGS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any], str]] = {
+    "host": (("PROFILER_HOST",), HOST, _address, "the address to serve on"),
+    "port": (("PROFILER_PORT", "PORT"), PORT, _port, "the port to serve on; 0: any free one"),
+    "workers": (("PROFILER_WORKERS",), WORKERS, _workers, "how many processes; auto: one for each core"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status; exit 2 for a bad one."""
+    parser = _make_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        app = create_app(arguments.database, token=_read_token(arguments.token_file))
+        _settle(arguments)
+        if app.token is None and not arguments.anonymous and not arguments.host.startswith(("127.", "::1")):
+            raise ValueError(f"--host {arguments.host}: everybody may come in: set a token, or say --anonymous")
+    except ValueError as error:
+        parser.error(str(error))
+    if not hasattr(hashlib, "pbkdf2_hmac"):
+        return _fail("this Python was built without OpenSSL, and so without hashlib.pbkdf2_hmac: take another")
+    try:
         with contextlib.closing(app):
             if arguments.command == "initialise-database":
                 app.users.initialise(arguments.force)
                 print("Successfully created database schema.")
             else:
-                _serve(app, arguments.host, arguments.port)
+                _run_server(app, arguments)
     except TableInUse as error:
         return _fail(f"the table holds {error} users: --force drops them, for good")
     except sqlite3.Error as error:
         return _fail(f"{app.users.database.path}: {error}: name a file in a folder that exists, with --database")
     except OSError as error:
-        return _fail(f"cannot serve on port {arguments.port} of {arguments.host}: {error.strerror}: try another --port")
+        return _fail(f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host")
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 128 + signal.SIGINT
     return 0
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="profiler", description="User accounts over HTTP, on one SQLite file.")
     parser.add_argument("--version", action="version", version=f"profiler {__version__}")
-    parser.add_argument("--host", default=HOST, help=f"the address to serve on (default: {HOST})")
+    for name, (variables, default, _, text) in _SETTINGS.items():
+        parser.add_argument(f"--{name}", help=f"{text} (default: {' or '.join(variables)}, else {default})")
     parser.add_argument(
-        "--port", default=PORT, type=int, help=f"the port to serve on; 0: any free one (default: {PORT})"
+        "--token-file", metavar="PATH", help="a file that holds the token to ask for (default: PROFILER_TOKEN)"
     )
+    parser.add_argument("--anonymous", action="store_true", help="serve other than loopback addresses without a token")
+    parser.add_argument("--no-access-log", action="store_true", help="write no line for each request to stderr")
     database_help = f"the SQLite file (default: PROFILER_DATABASE, else {DATABASE})"
     parser.add_argument("--database", metavar="PATH", help=database_help)
-    commands = parser.add_subparsers(dest="command", metavar="initialise-database", help="make the table and end")
-    initialise = commands.add_parser("initialise-database", description="Make the table of users.")
+    commands = parser.add_subparsers(dest="command", metavar="initialise-database", help="make the table, and end")
+    initialise = commands.add_parser("initialise-database", description="Make the table of users, and end.")
     initialise.add_argument("--database", metavar="PATH", help=database_help, default=argparse.SUPPRESS)
-    initialise.add_argument("--force", action="store_true", help="drop the users that the table holds")
-    return parser.parse_args(argv)
+    initialise.add_argument("--force", action="store_true", help="drop the users that the table holds, for good")
+    return parser
 
 
-def _serve(app: Application, host: str, port: int) -> None:
-    """Serve until Ctrl-C."""
-    app.users.count()  # a database that cannot be used is told now
-    with Server((host, port), WSGIRequestHandler) as server:
-        server.set_app(app)
-        print(f"http://{host}:{server.server_port}/users/", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+def _read_token(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token-file {path}: {error}") from None
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Read each setting from its flag, else the environment, else the default. Raise ValueError, with the source's name."""
+    for name, (variables, default, read, _) in _SETTINGS.items():
+        sources = [
+            (f"--{name}", getattr(arguments, name)),
+            *((variable, os.environ.get(variable) or None) for variable in variables),
+        ]
+        source, text = next(((source, text) for source, text in sources if text is not None), (name, default))
+        try:
+            setattr(arguments, name, read(text))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def _run_server(app: Application, arguments: argparse.Namespace) -> None:
+    """Serve until a signal, in this process or by workers."""
+    count = app.users.count()  # a database that cannot be used is told now
+    app.close()  # nothing of it may be inherited by workers
+    app.users.hashers = threading.BoundedSemaphore(max(1, _cores() // arguments.workers))
+    with Server(arguments.host, arguments.port, app, access_log=not arguments.no_access_log) as server:
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"http://{host}:{server.server_port}/users/")
+        print(
+            f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.", flush=True
+        )
+        if arguments.workers == 1:
+            serve(server)
+        else:
+            supervise(server, arguments.workers)
 
 
 def _fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""Tests of profiler, in the order of its sections. Each name is a claim; a docstring says why, where that is not plain."""
+"""Tests of profiler, in the order of its sections. A name is a claim; a docstring says why, if it must."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from wsgiref.util import setup_testing_defaults
@@ -524,7 +523,7 @@ def test_no_more_hashes_run_at_once_than_hashers(path, monkeypatch):
         return "hash"
 
     monkeypatch.setattr(profiler, "hash_password", slow_hash)
-    application = profiler.Application(profiler.Users(profiler.Database(str(path)), ITERATIONS, hashers=2))
+    application = profiler.Application(profiler.Users(profiler.Database(str(path)), ITERATIONS, hashers=2), None)
 
     def post(number):
         return call(application, "POST", body=json.dumps({**HARRY, "email": f"{number}@example.com"}).encode())
