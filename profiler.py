@@ -45,7 +45,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
+    from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
 
 __version__ = "1.0.0"
 
@@ -155,6 +155,7 @@ class Database:
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: one in memory would end with its connection")
         self.path = os.path.abspath(path)
+        self._reading = threading.Lock()
         self._writing = threading.Lock()
         # By process: one made before a fork is neither used nor closed after it (sqlite.org/howtocorrupt.html 2.6).
         self._idle: defaultdict[int, list[sqlite3.Connection]] = defaultdict(list)
@@ -168,7 +169,8 @@ class Database:
                 raise
             return self._read_immutable(statement, parameters)
         try:
-            return connection.execute(statement, parameters).fetchall()
+            with self._reading:
+                return connection.execute(statement, parameters).fetchall()
         finally:
             self._give(connection)
 
@@ -361,7 +363,7 @@ class Users:
 
 
 def _fold(email: str) -> str:
-    """Return the email as it is stored: SQLite's NOCASE folds ASCII letters alone, so one with others is in lower case."""
+    """Return the email as it is stored: with other letters than ASCII's, which are all that NOCASE folds, in lower."""
     return email if email.isascii() else email.lower()
 
 
@@ -637,7 +639,9 @@ class Application:
 
     def _is_authorized(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")  # RFC 9110 11.4
-        return scheme.lower() == "bearer" and hmac.compare_digest(token.strip(" ").encode(), self.token or b"")
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            token.strip(" ").encode("utf-8", "surrogatepass"), self.token or b""
+        )
 
 
 def create_app(
@@ -679,15 +683,20 @@ app = application
 
 def _send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Start the response and return its body."""
-    status, body, extra = response
-    headers = [*_HEADERS, *extra]
-    if body is not None:
+    start_response(_STATUS_LINES[response.status], _headers(response))
+    if response.body is None or environ["REQUEST_METHOD"] == "HEAD":
+        return ()
+    return [response.body] if isinstance(response.body, bytes) else response.body
+
+
+def _headers(response: Response) -> list[tuple[str, str]]:
+    """Return the headers of the response: the usual ones, its own, and those of its body."""
+    headers = [*_HEADERS, *response.headers]
+    if response.body is not None:
         headers.append(_JSON_TYPE)
-    if isinstance(body, bytes):
-        headers.append(("Content-Length", str(len(body))))
-        body = [body]
-    start_response(_STATUS_LINES[status], headers)
-    return () if body is None or environ["REQUEST_METHOD"] == "HEAD" else body
+    if isinstance(response.body, bytes):
+        headers.append(("Content-Length", str(len(response.body))))
+    return headers
 
 
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
@@ -713,82 +722,23 @@ def _cores() -> int:
 # of heads that refuses, and closes, wherever a proxy in front might read the same bytes otherwise (RFC 9112 11.2).
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _TOKEN)
+_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _TOKEN)  # RFC 9112 3
+# No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
 _FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)\r\n" % _TOKEN)
-_AUTHORITY = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+_AUTHORITY = re.compile(r"https?://[^/?#]+", re.IGNORECASE)  # of an absolute target: RFC 9112 3.2.2
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
+_BASE_ENVIRON: dict[str, Any] = {  # PEP 3333
+    "wsgi.version": (1, 0),
+    "wsgi.url_scheme": "http",
+    "wsgi.multithread": True,
+    "wsgi.multiprocess": True,
+    "wsgi.run_once": False,
+}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def parse_head(lines: Sequence[bytes]) -> WSGIEnvironment:
-    """Return what a request line and field lines, each with its CRLF, say: the part of an environ that is theirs.
-
-    Raise HTTPError, for whatever is not plainly HTTP/1.1 or 1.0: 400, 411, 417, 501, 505.
-    """
-    environ = _parse_request_line(lines[0])
-    for line in lines[1:]:
-        # RFC 9112 2.2: no bare CR or LF. 5.1: no space before the colon. 5.2: no folding. RFC 9110 5.5: no controls.
-        match = _FIELD_LINE.fullmatch(line)
-        if not match:
-            raise HTTPError(
-                HTTPStatus.BAD_REQUEST, "Each header must be a line `Name: value`, without control characters"
-            )
-        name, value = match[1].decode().upper(), match[2].strip(b" \t").decode("latin-1")
-        if "_" in name:  # in an environ it would pass for the name with a hyphen
-            continue
-        key = "HTTP_" + name.replace("-", "_")
-        if key in environ:
-            if key in ("HTTP_HOST", "HTTP_CONTENT_LENGTH"):  # RFC 9112 3.2 and 6.3: not even the same value twice
-                raise HTTPError(HTTPStatus.BAD_REQUEST, f"Send one {name.title()}")
-            value = f"{environ[key]}, {value}"  # RFC 9110 5.3
-        environ[key] = value
-    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
-    length = environ.pop("HTTP_CONTENT_LENGTH", None)
-    if length is not None:
-        parse_length(length)
-    environ["CONTENT_LENGTH"] = length or ""
-    _check_framing(environ)
-    return environ
-
-
-def _parse_request_line(line: bytes) -> WSGIEnvironment:
-    match = _REQUEST_LINE.fullmatch(line)  # RFC 9112 3
-    if not match:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The request line must be `METHOD /path HTTP/1.1`")
-    method, target, version = (part.decode("latin-1") for part in match.groups())
-    if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
-        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Speak HTTP/1.1 or HTTP/1.0")
-    if target[0] != "/" and target != "*":  # RFC 9112 3.2.2: the absolute form; 3.2.4: of OPTIONS, the asterisk
-        authority = _AUTHORITY.match(target)
-        if not authority:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "The request target must be a path")
-        target = target[authority.end() :]
-    path, _, query = target.partition("?")
-    return {
-        "REQUEST_METHOD": method,
-        "PATH_INFO": unquote(path, "latin-1") if "%" in path else path,
-        "QUERY_STRING": query,
-        "SERVER_PROTOCOL": f"HTTP/{version}",
-    }
-
-
-def _check_framing(environ: WSGIEnvironment) -> None:
-    """Refuse a request about whose end, or addressee, there may be two opinions. Raise HTTPError."""
-    modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if not _HOST.fullmatch(environ.get("HTTP_HOST", "" if not modern else " ")):  # RFC 9112 3.2
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "Send one Host, such as localhost:5000")
-    if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1
-        if environ["CONTENT_LENGTH"]:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "Send either a Content-Length or a Transfer-Encoding")
-        if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
-            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "This server knows no Transfer-Encoding: send a Content-Length")
-    if modern and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
-        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only Expect that can be met is 100-continue")
-
-
 class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """An HTTP server for one WSGI application. Its limits are attributes, which an instance may have otherwise."""
+    """An HTTP server for an Application. Its limits are attributes, which an instance may have otherwise."""
 
     daemon_threads = True
     request_queue_size = max_connections = MAX_CONNECTIONS
@@ -798,20 +748,21 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     def __init__(self, host: str, port: int, app: Application, access_log: bool = True) -> None:
         """Listen on the first of the host's addresses. Raise OSError if that cannot be."""
         self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.app = app
         self.access_log = access_log
-        self.supervisor: int | None = None  # the process that this one is a worker of
         self.draining = False
-        self._connections: dict[socket.socket, bool] = {}  # open ones: has it a request that is to be answered?
+        self.supervisor: int | None = None  # the process that this one is a worker of
+        self.answering: dict[socket.socket, bool] = {}  # the open connections: which have a request to be answered?
         self._closed = threading.Condition()
         super().__init__((str(address[0]), int(address[1])), RequestHandler)
         self.socket.setblocking(False)  # another worker may have been quicker to accept
-        self.app = app
 
     def server_bind(self) -> None:
         """Bind the socket, without asking a name service what this host is called."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+        self.base_environ.update(_BASE_ENVIRON)
 
     def service_actions(self) -> None:
         """End a worker whose supervisor was killed."""
@@ -819,47 +770,35 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread of its own, or 503 where there are too many."""
-        self._connections[request] = False
+        """Give a connection a thread of its own, or 503 if there are too many."""
+        request.setblocking(False)
+        self.answering[request] = False
         try:
-            if len(self._connections) > self.max_connections:
+            if len(self.answering) > self.max_connections:
                 raise RuntimeError
             super().process_request(request, client_address)
         except RuntimeError:  # also threading's own, where the system has no more threads
-            body = to_json({"error": _ERRORS[Busy].message})
-            fields = [
-                *_HEADERS,
-                *_ERRORS[Busy].headers,
-                _JSON_TYPE,
-                ("Content-Length", str(len(body))),
-                ("Connection", "close"),
-            ]
-            request.setblocking(False)
             with contextlib.suppress(OSError):
-                request.send(_head(_STATUS_LINES[HTTPStatus.SERVICE_UNAVAILABLE], fields) + body)
+                request.send(_error_message(_ERRORS[Busy]))
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and forget it."""
         super().shutdown_request(request)
         with self._closed:
-            self._connections.pop(request, None)
+            self.answering.pop(request, None)
             self._closed.notify_all()
 
-    def set_answering(self, request: socket.socket, answering: bool) -> None:
-        """Note whether a connection has a request that is still to be answered when the server stops."""
-        self._connections[request] = answering
-
-    def drain(self) -> bool:
-        """Accept no more, end the idle connections, and wait for the others; tell whether all ended in time."""
+    def drain(self) -> None:
+        """Accept no more, end the idle connections, and wait for the others, up to drain_timeout."""
         self.draining = True
         self.socket.close()
-        for request, answering in list(self._connections.items()):
+        for request, answering in list(self.answering.items()):
             if not answering:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
         with self._closed:
-            return self._closed.wait_for(lambda: not self._connections, self.drain_timeout)
+            self._closed.wait_for(lambda: not self.answering, self.drain_timeout)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Write the traceback of what nobody expected to stderr, in one piece."""
@@ -872,7 +811,7 @@ class RequestHandler(WSGIRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Prepare to receive within deadlines and to send without delay."""
+        """Prepare to receive within deadlines, and to send without delay."""
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.receiver = _Receiver(self.connection)
@@ -898,46 +837,57 @@ class RequestHandler(WSGIRequestHandler):
         self.receiver.set_timeout(self.server.head_timeout)
         self.requestline = ""
         try:
-            environ = parse_head(self._read_head())
+            environ = self._read_head()
         except socket.timeout:
             self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
         except HTTPError as error:
             self._refuse(error)
         else:
-            self.server.set_answering(self.connection, True)
+            self.server.answering[self.connection] = True
             self.receiver.set_timeout(self.server.body_timeout)
             body = Body(self, environ)
-            self._answer(self.server.app, self._complete(environ, body), body)
+            self._answer(environ, body)
             if not self.close_connection:
                 body.discard()
-                self.server.set_answering(self.connection, False)
+                self.server.answering[self.connection] = False
 
     def send(self, message: bytes) -> None:
-        """Send it all, however slowly the client reads, as long as it does read. Raise ClientGone otherwise."""
-        self.connection.settimeout(self.server.send_timeout)
+        """Send it all, however slowly the client reads, as long as it does read. Raise ClientGone if not."""
         view = memoryview(message)
         try:
             while view:
-                view = view[self.connection.send(view) :]
+                view = view[_within(self.server.send_timeout, self.connection, self.connection.send, view) :]
         except OSError as error:
             raise ClientGone from error
 
-    def _read_head(self) -> list[bytes]:
-        """Return the request line and the field lines. Raise HTTPError: 400, 414, 431; socket.timeout."""
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Write a line in Common Log Format to stderr."""
+        if self.server.access_log:
+            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
+            line = f'{self.client_address[0]} - - [{_clock(int(time.time()))[1]}] "{request}" {code} {size}\n'
+            with contextlib.suppress(OSError):
+                sys.stderr.write(line)
+
+    def _read_head(self) -> WSGIEnvironment:
+        """Return the environ of the next request. Raise HTTPError for what is not plainly HTTP/1; socket.timeout."""
         line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
-        if line == b"\r\n":  # RFC 9112 2.2: one that follows the body before is passed over
+        if line == b"\r\n":  # RFC 9112 2.2: one left behind by the request before is passed over
             line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
         self.requestline = line.decode("latin-1").rstrip("\r\n")
-        lines, size = [line], len(line)
-        while line != b"\r\n":
-            if not line:
-                raise HTTPError(HTTPStatus.BAD_REQUEST, "The request ended before the empty line after its headers")
-            line = self._read_line(MAX_HEAD - size, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            lines.append(line)
-            size += len(line)
-            if len(lines) > MAX_FIELDS + 2:
+        environ = {**self.server.base_environ, **_parse_request_line(line), "REMOTE_ADDR": self.client_address[0]}
+        left = MAX_HEAD - len(line)
+        for count in itertools.count():
+            line = self._read_line(left, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            if line == b"\r\n":
+                break
+            if count == MAX_FIELDS:
                 raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_FIELDS} headers")
-        return lines[:-1]
+            _add_field(environ, line)
+            left -= len(line)
+        environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
+        environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
+        _check_framing(environ)
+        return environ
 
     def _read_line(self, limit: int, status: HTTPStatus) -> bytes:
         line = self.stream.readline(limit + 1)
@@ -945,77 +895,52 @@ class RequestHandler(WSGIRequestHandler):
             raise HTTPError(status, f"Send a request line of at most {MAX_REQUEST_LINE} bytes, a head of {MAX_HEAD}")
         return line
 
-    def _complete(self, environ: WSGIEnvironment, body: Body) -> WSGIEnvironment:
-        """Return the environ with what is not in the head of the request (PEP 3333)."""
-        return {
-            **self.server.base_environ,
-            **environ,
-            "REMOTE_ADDR": self.client_address[0],
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BufferedReader(body) if body.remaining else io.BytesIO(),
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": self.server.supervisor is not None,
-            "wsgi.run_once": False,
-        }
-
     def _refuse(self, error: HTTPError) -> None:
         """Answer with an error, as the last thing on this connection."""
         self.close_connection = True
-        method = self.requestline.partition(" ")[0]
-        response = Response(error.status, to_json({"error": error.message}), error.headers)
-        self._answer(functools.partial(_send, response), {"REQUEST_METHOD": method}, Body(self, {}))
+        self.send(_error_message(error))
+        self.log_request(error.status)
 
-    def _answer(self, application: WSGIApplication, environ: WSGIEnvironment, body: Body) -> None:
-        """Send the application's response; if it raises, 500, or a response without its end if that has begun."""
-        started: list[Any] = []
-        result: Iterable[bytes] = ()
-        sent = False
-        size = 0
+    def _answer(self, environ: WSGIEnvironment, body: Body) -> None:
+        """Send what the application answers (PEP 3333). If it raises midway, the response has no proper end."""
+        environ["wsgi.input"] = io.BufferedReader(body) if body.remaining else io.BytesIO()
+        environ["wsgi.errors"] = sys.stderr
+        status, headers = "", []
+
+        def start_response(*status_and_headers: Any) -> Any:
+            nonlocal status, headers
+            status, headers, *_ = status_and_headers
+
+        result = self.server.app(environ, start_response)
         try:
-            result = application(environ, lambda *status_and_headers: started.extend(status_and_headers))  # type: ignore
-            parts = iter(result)
-            part = next(parts, b"")  # an application may start its response as late as here
-            head, chunked = self._begin(started[0], started[1], environ, body)
-            sent = True
-            self.send(head + _frame(part, chunked))
-            size = len(part)
-            for part in parts:
-                self.send(_frame(part, chunked))
+            head, chunked = self._begin(status, headers, environ, body)
+            size = 0
+            for part in filter(None, result):
+                self.send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))
+                head = b""
                 size += len(part)
-            if chunked:
-                self.send(b"0\r\n\r\n")
-            self.log_request(started[0][:3], size)
+            self.send(head + (b"0\r\n\r\n" if chunked else b""))
+            self.log_request(status[:3], size)
         except ClientGone:
             raise
         except Exception:
-            sys.stderr.write(traceback.format_exc())
             self.close_connection = True
-            if not sent:
-                self._refuse(_INTERNAL_ERROR)
+            sys.stderr.write(traceback.format_exc())
         finally:
             if hasattr(result, "close"):
                 result.close()
 
-    def _begin(
-        self, status: str, headers: list[tuple[str, str]], environ: WSGIEnvironment, body: Body
-    ) -> tuple[bytes, bool]:
-        """Decide how the response ends (RFC 9112 6.3), and whether the connection does; return the head, and if it is chunked."""
-        modern = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
-        ends = (
-            environ["REQUEST_METHOD"] == "HEAD"
-            or status[:3] == "204"
-            or any(n.lower() == "content-length" for n, _ in headers)
-        )
+    def _begin(self, status: str, headers: list[Any], environ: WSGIEnvironment, body: Body) -> tuple[bytes, bool]:
+        """Return the head of a response, and whether its body is chunked (RFC 9112 6.3). Decide what comes after it."""
+        modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        bodiless = environ["REQUEST_METHOD"] == "HEAD" or status.startswith("204")
+        chunked = modern and not bodiless and "Content-Length" not in dict(headers)
+        if chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
         options = environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(",")
         if not modern or "close" in options or self.server.draining or not body.is_discardable():
             self.close_connection = True
-        chunked = modern and not ends
-        if chunked:
-            headers = [*headers, ("Transfer-Encoding", "chunked")]
-        if self.close_connection:
-            headers = [*headers, ("Connection", "close")]
+            headers.append(("Connection", "close"))
         return _head(status, headers), chunked
 
     def _linger(self) -> None:
@@ -1026,17 +951,9 @@ class RequestHandler(WSGIRequestHandler):
         while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(MAX_BODY)):
             left -= len(received)
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Write a line in Common Log Format to stderr."""
-        if self.server.access_log:
-            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
-            line = f'{self.client_address[0]} - - [{_clock(int(time.time()))[1]}] "{request}" {code} {size}\n'
-            with contextlib.suppress(OSError):
-                sys.stderr.write(line)
-
 
 class ClientGone(ConnectionError):
-    """The client has closed the connection, or reads nothing."""
+    """The client has closed the connection, or stalls."""
 
 
 class Body(io.RawIOBase):
@@ -1044,9 +961,9 @@ class Body(io.RawIOBase):
 
     def __init__(self, handler: RequestHandler, environ: WSGIEnvironment) -> None:
         """Take the connection that it arrives on, and what the request says of it."""
-        self.remaining = parse_length(environ.get("CONTENT_LENGTH") or "0")
+        self.remaining = parse_length(environ["CONTENT_LENGTH"] or "0")
         self._handler = handler
-        self._expected = "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        self._awaited = "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         self._ended = False
 
     def readable(self) -> bool:
@@ -1054,9 +971,9 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some of the body; tell the client first to send it, if it waits for that (RFC 9110 10.1.1)."""
-        if self._expected and self.remaining:
-            self._expected = False
+        """Read some of the body; first tell a client that waits for it to go on (RFC 9110 10.1.1)."""
+        if self._awaited and self.remaining:
+            self._awaited = False
             self._handler.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._ended = True  # unless something arrives
         count = self._handler.stream.readinto1(memoryview(buffer)[: self.remaining])
@@ -1065,8 +982,8 @@ class Body(io.RawIOBase):
         return count
 
     def is_discardable(self) -> bool:
-        """Tell whether what the application left is so little, and so sure to arrive, that the connection can go on."""
-        return self.remaining == 0 or (self.remaining <= MAX_BODY and not self._expected and not self._ended)
+        """Tell whether what the application left is so little, and so sure to arrive, that the connection goes on."""
+        return self.remaining == 0 or (self.remaining <= MAX_BODY and not self._awaited and not self._ended)
 
     def discard(self) -> None:
         """Read what is left. Raise OSError if it does not arrive."""
@@ -1092,17 +1009,80 @@ class _Receiver(io.RawIOBase):
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout("the deadline has passed")
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
+        return _within(left, self._connection, self._connection.recv_into, buffer)
 
 
-def _frame(part: bytes, chunked: bool) -> bytes:
-    """Return a part of a body as it is sent: an empty chunk, which would be the last, is none (RFC 9112 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part
+def _within(seconds: float, connection: socket.socket, transfer: Callable[[Any], int], buffer: Any) -> int:
+    """Receive or send what can be at once, else wait for so long. Raise socket.timeout."""
+    try:
+        return transfer(buffer)
+    except BlockingIOError:
+        connection.settimeout(seconds)
+        try:
+            return transfer(buffer)
+        finally:
+            connection.setblocking(False)
+
+
+def _parse_request_line(line: bytes) -> WSGIEnvironment:
+    """Return what the first line of a request says. Raise HTTPError: 400, 505."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "The request line must be `METHOD /path HTTP/1.1`")
+    method, target, version = (part.decode("latin-1") for part in match.groups())
+    if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
+        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Speak HTTP/1.1 or HTTP/1.0")
+    if target[0] != "/" and target != "*":
+        authority = _AUTHORITY.match(target)
+        if not authority:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "The request target must be a path")
+        target = target[authority.end() :]
+    path, _, query = target.partition("?")
+    path = unquote(path, "latin-1")
+    return {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "SERVER_PROTOCOL": f"HTTP/{version}"}
+
+
+def _add_field(environ: WSGIEnvironment, line: bytes) -> None:
+    """Add a header to an environ. Raise HTTPError: 400."""
+    match = _FIELD_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "A header must be one line, `Name: value`, without control characters")
+    name, value = match[1].decode().upper(), match[2].decode("latin-1").strip(" \t")
+    if "_" in name:  # in an environ it would pass for the name with a hyphen
+        return
+    key = "HTTP_" + name.replace("-", "_")
+    if key == "HTTP_CONTENT_LENGTH":
+        parse_length(value)
+    if key in environ:
+        if key in ("HTTP_HOST", "HTTP_CONTENT_LENGTH"):  # RFC 9112 3.2, 6.3; even if both are equal
+            raise HTTPError(HTTPStatus.BAD_REQUEST, f"Send one {name.title()}")
+        value = f"{environ[key]}, {value}"  # RFC 9110 5.3
+    environ[key] = value
+
+
+def _check_framing(environ: WSGIEnvironment) -> None:
+    """Refuse a request about whose addressee or end there may be two opinions. Raise HTTPError: 400, 411, 417, 501."""
+    modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    if not _HOST.fullmatch(environ.get("HTTP_HOST", "no host" if modern else "")):  # RFC 9112 3.2
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "Send one Host, such as localhost:5000")
+    if modern and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
+        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only Expect that can be met is 100-continue")
+    if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
+        if environ["CONTENT_LENGTH"]:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "Send either a Content-Length or a Transfer-Encoding")
+        if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
+            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
+        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "This server knows no Transfer-Encoding: send a Content-Length")
+
+
+def _error_message(error: HTTPError) -> bytes:
+    """Return a whole response, the last one of its connection."""
+    body = to_json({"error": error.message})
+    headers = _headers(Response(error.status, body, (*error.headers, ("Connection", "close"))))
+    return _head(_STATUS_LINES[error.status], headers) + body
 
 
 def _head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a response."""
     lines = [f"HTTP/1.1 {status}", f"Date: {_clock(int(time.time()))[0]}", f"Server: profiler/{__version__}"]
     lines += [f"{name}: {value}" for name, value in headers]
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
@@ -1110,7 +1090,7 @@ def _head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _clock(second: int) -> tuple[str, str]:
-    """Return a time as a Date header has it, and as Common Log Format does."""
+    """Return a time as the Date header has it, and as Common Log Format does."""
     return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
@@ -1212,7 +1192,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status; exit 2 for a bad one."""
+    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
     parser = _make_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -1272,13 +1252,11 @@ def _read_token(path: str | None) -> str | None:
 
 
 def _settle(arguments: argparse.Namespace) -> None:
-    """Read each setting from its flag, else the environment, else the default. Raise ValueError, with the source's name."""
+    """Read each setting from its flag, else the environment, else the default. Raise ValueError with the name of it."""
     for name, (variables, default, read, _) in _SETTINGS.items():
-        sources = [
-            (f"--{name}", getattr(arguments, name)),
-            *((variable, os.environ.get(variable) or None) for variable in variables),
-        ]
-        source, text = next(((source, text) for source, text in sources if text is not None), (name, default))
+        source, text = f"--{name}", getattr(arguments, name)
+        if text is None:
+            source, text = next(((v, os.environ[v]) for v in variables if os.environ.get(v)), (name, default))
         try:
             setattr(arguments, name, read(text))
         except ValueError as error:

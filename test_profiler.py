@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
 import os
 import pathlib
 import re
+import select
+import shutil
+import signal
+import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
@@ -280,7 +288,7 @@ def test_a_connection_from_before_a_fork_is_set_aside(application):
     def child():
         taken = database._take()
         database._give(taken)
-        status, _, body, _ = call(application, "POST", body=json.dumps(RON).encode())
+        status = call(application, "POST", body=json.dumps(RON).encode())[0]
         application.close()
         return taken is not inherited and status == 201 and inherited.execute("SELECT 1").fetchall()
 
@@ -1033,3 +1041,776 @@ def test_it_runs_as_a_cgi_program(tmp_path):
     assert head.startswith(b"Status: 201 Created")
     assert b"Location: /cgi-bin/users/users/1/" in head
     assert json.loads(body) == {"id": 1}
+
+
+# -- server --------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(application, capsys):
+    """A server in a thread. A test may shorten its limits before it connects."""
+    with profiler.Server("127.0.0.1", 0, application, access_log=False) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+        server.drain()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def connected(server):
+    with contextlib.closing(socket.create_connection(server.server_address, timeout=10)) as connection:
+        yield connection
+
+
+def receive(connection):
+    """Return all that comes until the server closes."""
+    with connection.makefile("rb") as stream:
+        return stream.read()
+
+
+class Stream(io.BufferedReader):
+    """Outlives the responses that http.client reads from it."""
+
+    def makefile(self, *_):
+        return self
+
+    def close(self):
+        pass
+
+
+def answers(connection, *methods):
+    """Return the next responses of a connection: for each its status, headers and body."""
+    with connection.makefile("rb", buffering=0) as raw:
+        stream = Stream(raw)
+        for method in methods:
+            response = http.client.HTTPResponse(stream, method=method)
+            response.begin()
+            yield response.status, response.headers, response.read()
+
+
+def answer(connection, method="GET"):
+    """Return the next response of a connection, which must be the last that is on its way."""
+    [response] = answers(connection, method)
+    return response
+
+
+GET = b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_one_connection_carries_many_requests(server):
+    with connected(server) as connection:
+        for _ in range(3):
+            connection.sendall(GET)
+            status, headers, body = answer(connection)
+            assert (status, body, headers["Connection"]) == (200, b"[]", None)
+
+
+def test_requests_may_be_pipelined(server):
+    with connected(server) as connection:
+        connection.sendall(POST % len(BODY) + BODY + GET + GET.replace(b"Host", b"Connection: close\r\nHost"))
+        received = receive(connection)
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"201", b"200", b"200"]
+    assert received.count(b'"Harry"') == 2
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [GET.replace(b"1.1", b"1.0"), GET.replace(b"Host", b"Connection: Close\r\nHost"), b"GET /users/ HTTP/1.0\r\n\r\n"],
+)
+def test_a_client_that_wants_one_answer_gets_one(server, request_):
+    with connected(server) as connection:
+        connection.sendall(request_ + GET)
+        received = receive(connection)
+    assert received.count(b"HTTP/1.1 200 OK") == 1
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_a_204_and_a_head_leave_the_connection_in_step(server):
+    with connected(server) as connection:
+        for method, path, expected in [
+            ("DELETE", "/users/1/", 204),
+            ("HEAD", "/users/", 200),
+            ("OPTIONS", "/users/", 204),
+        ]:
+            connection.sendall(GET.replace(b"GET", method.encode()).replace(b"/users/", path.encode()))
+            status, headers, body = answer(connection, method)
+            assert (status, body) == (expected, b"")
+            assert ("Content-Length" in headers) == (status == 200)
+            assert "Transfer-Encoding" not in headers
+        connection.sendall(GET)
+        assert answer(connection)[2] == b"[]"
+
+
+def test_a_streamed_list_is_chunked_so_that_its_end_can_be_told(server, path):
+    fill(path, 3 * profiler.BATCH)
+    with connected(server) as connection:
+        for _ in range(2):
+            connection.sendall(GET)
+            status, headers, body = answer(connection)
+            assert (status, headers["Transfer-Encoding"], len(json.loads(body))) == (200, "chunked", 3 * profiler.BATCH)
+        connection.sendall(GET.replace(b"GET", b"HEAD"))
+        assert answer(connection, "HEAD")[2] == b""
+        connection.sendall(GET.replace(b"1.1", b"1.0"))
+        head, _, body = receive(connection).partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert len(json.loads(body)) == 3 * profiler.BATCH
+
+
+def test_a_list_that_fails_midway_has_no_end(server, path, capsys):
+    fill(path, 3 * profiler.BATCH)
+    reads = iter(range(2))
+    read = server.app.users.database.read
+    server.app.users.database.read = lambda *parameters: next(reads) >= 0 and read(*parameters)
+    with connected(server) as connection:
+        connection.sendall(GET)
+        received = receive(connection)
+    assert not received.endswith(b"0\r\n\r\n")
+    assert "StopIteration" in capsys.readouterr().err
+
+
+def test_a_client_may_wait_to_be_told_to_go_on(server):
+    with connected(server) as connection:
+        connection.sendall((POST % len(BODY)).replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY)
+        assert answer(connection)[0] == 201
+        connection.sendall(GET)
+        assert answer(connection)[0] == 200
+
+
+def test_a_client_that_waits_in_vain_is_told_why_and_disconnected(server):
+    with connected(server) as connection:
+        connection.sendall((POST % 100_000).replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 413")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /users/ HTTP/1.1\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\n Host: a\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX@Y: x\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX: a\r\n b\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\r\nX: a\x7f\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1\nHost: a\n\n", 400),
+        (b"GET /users/ HTTP/1.1\r\nHost: a\n\r\n", 400),
+        (b"GET /users/\x01 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /users/\r HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET  /users/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /users/ HTTP/1.1 \r\nHost: a\r\n\r\n", 400),
+        (b"G@T /users/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET users/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"CONNECT localhost:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /users/\r\n", 400),
+        (b"\r\n\r\nGET /users/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET /users/ HTTP/0.9\r\n\r\n", 505),
+        (b"GET /users/ HTTP/1.2\r\nHost: a\r\n\r\n", 505),
+        (b"GET /users/ HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2, 2\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: +2\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: 0x2\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: \xb2\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+        (b"POST /users/ HTTP/1.0\r\nTransfer-Encoding: Chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n", 501),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\r\n\r\n", 501),
+        (b"POST /users/ HTTP/1.1\r\nHost: a\r\nExpect: a miracle\r\nContent-Length: 2\r\n\r\n{}", 417),
+        (b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 32768 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 100 + b"\r\n", 431),
+    ],
+)
+def test_what_two_readers_might_read_otherwise_is_refused_and_the_connection_closed(server, request_, status):
+    with connected(server) as connection:
+        connection.sendall(request_ + GET)
+        received = receive(connection)
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert len(re.findall(rb"HTTP/1.1 \d", received)) == 1
+    for header in (
+        b"Content-Type: application/json",
+        b"Connection: close",
+        b"X-Content-Type-Options: nosniff",
+        b"Cache-Control: no-store",
+    ):
+        assert header in head.split(b"\r\n")
+    assert list(json.loads(body)) == ["error"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\r\n" + GET,
+        GET.replace(b"Host: localhost", b"hOST:\t localhost:80 \t"),
+        GET.replace(b"/users/", b"http://localhost/users/"),
+        GET.replace(b"/users/", b"/%75sers/?q#\xff"),
+        GET.replace(b"\r\n\r\n", b"\r\n" + b"X: \xff\r\n" * 99 + b"\r\n"),
+        GET.replace(b"Host", b"Content_Length: 5\r\nTransfer_Encoding: chunked\r\nHost"),
+        GET.replace(b"Host", b"Content-Length: 000\r\nHost"),
+    ],
+)
+def test_what_is_odd_but_plain_is_served(server, request_):
+    with connected(server) as connection:
+        connection.sendall(request_ + GET)
+        assert [response[::2] for response in answers(connection, "GET", "GET")] == [(200, b"[]")] * 2
+
+
+def test_a_head_that_ends_too_early_is_400(server):
+    with connected(server) as connection:
+        connection.sendall(GET[:-2])
+        connection.shutdown(socket.SHUT_WR)
+        assert receive(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_body_that_was_not_read_is_not_the_next_request(server):
+    with connected(server) as connection:
+        connection.sendall(
+            GET.replace(b"Host", b"Content-Length: %d\r\nHost" % len(GET)) + GET + GET.replace(b"/users/", b"/x/")
+        )
+        assert [status for status, _, _ in answers(connection, "GET", "GET")] == [200, 404]
+
+
+def test_a_large_body_that_is_refused_closes_the_connection_and_its_sender_sees_why(server):
+    with connected(server) as connection:
+        connection.sendall(POST % 5_000_000 + b"x" * 5_000_000)
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_a_body_that_is_cut_off_creates_nobody(server, path):
+    with connected(server) as connection:
+        connection.sendall(POST % len(BODY) + BODY[:-1])
+        connection.shutdown(socket.SHUT_WR)
+        assert receive(connection).startswith(b"HTTP/1.1 400 ")
+    assert execute(path, "SELECT count(*) FROM sqlite_master WHERE name = 'user'") in ([(0,)], [(1,)])
+    assert server.app.users.count() == 0
+
+
+def trickle(connection, message, pause=0.02):
+    """Send a byte at a time until the server has had enough."""
+    connection.setblocking(False)
+    for byte in message:
+        with contextlib.suppress(OSError):
+            connection.send(bytes([byte]))
+        if select.select([connection], [], [], pause)[0]:
+            break
+    connection.settimeout(10)
+
+
+def test_a_head_has_a_deadline_however_steadily_it_trickles(server):
+    server.head_timeout = 0.1
+    with connected(server) as connection:
+        trickle(connection, GET)
+        assert receive(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_has_a_deadline_however_steadily_it_trickles(server):
+    server.body_timeout = 0.1
+    with connected(server) as connection:
+        connection.sendall(POST % len(BODY))
+        trickle(connection, BODY)
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_an_idle_connection_is_closed_without_a_word(server):
+    server.idle_timeout = 0.05
+    with connected(server) as connection:
+        assert receive(connection) == b""
+    with connected(server) as connection:
+        connection.sendall(GET)
+        assert receive(connection).count(b"HTTP/1.1") == 1
+
+
+def test_a_client_that_does_not_read_is_dropped(server, path):
+    server.send_timeout = 0.1
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    fill(path, 60 * profiler.BATCH)
+    with connected(server) as connection:
+        connection.sendall(GET * 20)
+        with server._closed:
+            assert server._closed.wait_for(lambda: len(server.answering) == 1, 10)
+            assert server._closed.wait_for(lambda: not server.answering, 10)
+        with contextlib.suppress(ConnectionResetError):
+            assert receive(connection).count(b"\r\n0\r\n\r\n") < 20
+
+
+def test_a_client_that_reads_slowly_but_does_read_is_served(server, path):
+    server.send_timeout = 0.2
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    fill(path, 40 * profiler.BATCH)
+    with connected(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.sendall(GET.replace(b"1.1", b"1.0"))
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+            time.sleep(0.01)
+    assert len(json.loads(received.partition(b"\r\n\r\n")[2])) == 40 * profiler.BATCH
+
+
+def test_a_client_that_resets_the_connection_makes_no_noise(server, path, capsys):
+    fill(path, 20 * profiler.BATCH)
+    for _ in range(3):
+        with connected(server) as connection:
+            connection.sendall(GET * 5)
+            connection.recv(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with server._closed:
+        assert server._closed.wait_for(lambda: not server.answering, 10)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_connection_too_many_is_told_503(server):
+    server.max_connections = 2
+    with connected(server) as first, connected(server) as second:
+        for connection in (first, second):
+            connection.sendall(GET)
+            assert answer(connection)[0] == 200
+        with connected(server) as third:
+            received = receive(third)
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nRetry-After: 1\r\n" in received
+        first.close()
+        with server._closed:
+            assert server._closed.wait_for(lambda: len(server.answering) < 2, 10)
+        with connected(server) as third:
+            third.sendall(GET)
+            assert answer(third)[0] == 200
+
+
+def test_many_half_heads_delay_nobody(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connected(server)).sendall(b"GET /users/ HT")
+        with connected(server) as connection:
+            connection.settimeout(1)
+            connection.sendall(GET)
+            assert answer(connection)[0] == 200
+
+
+def test_responses_tell_the_date_and_the_server_but_no_python(server):
+    with connected(server) as connection:
+        connection.sendall(GET)
+        _, headers, _ = answer(connection)
+    assert headers["Server"] == f"profiler/{profiler.__version__}"
+    assert abs(parsedate_to_datetime(headers["Date"]).timestamp() - time.time()) < 60
+
+
+def test_a_small_response_is_one_send(server, monkeypatch):
+    sends = []
+    send = profiler.RequestHandler.send
+    monkeypatch.setattr(
+        profiler.RequestHandler, "send", lambda self, message: sends.append(message) or send(self, message)
+    )
+    with connected(server) as connection:
+        connection.sendall(GET)
+        answer(connection)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) in (0, 1)
+    assert len([message for message in sends if message]) == 1
+
+
+def test_the_access_log_is_in_common_log_format_with_nothing_to_control_a_terminal(application, capsys):
+    with profiler.Server("127.0.0.1", 0, application) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        with connected(server) as connection:
+            connection.sendall(GET + GET.replace(b"/users/", b'/\xff"\\') + GET.replace(b"/users/", b"/\x1b[2J"))
+            receive(connection)
+        server.shutdown()
+        thread.join()
+        server.drain()
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 2', first
+    )
+    assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
+    assert '"GET /\\x1b[2J HTTP/1.1" 400' in third
+
+
+def test_draining_answers_what_is_in_flight_and_closes_what_is_idle(server, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(server.app.users, "_hash", lambda password: started.set() or (go_on.wait(10) and "hash"))
+    with connected(server) as idle, connected(server) as busy:
+        idle.sendall(GET)
+        assert answer(idle)[0] == 200
+        busy.sendall(POST % len(BODY) + BODY)
+        assert started.wait(10)
+        server.shutdown()
+        drain = threading.Thread(target=server.drain)
+        drain.start()
+        assert idle.recv(1) == b""
+        assert drain.is_alive()
+        go_on.set()
+        received = receive(busy)
+    drain.join()
+    assert received.startswith(b"HTTP/1.1 201 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_draining_ends_in_time(server, monkeypatch):
+    server.drain_timeout = 0.05
+    started, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(server.app.users, "_hash", lambda password: started.set() or (go_on.wait(10) and "hash"))
+    with connected(server) as connection:
+        connection.sendall(POST % len(BODY) + BODY)
+        assert started.wait(10)
+        server.shutdown()
+        server.drain()
+        assert server.answering
+        go_on.set()
+        receive(connection)
+
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture
+def guarded(path):
+    with contextlib.closing(profiler.create_app(path, iterations=ITERATIONS, token=TOKEN)) as application:
+        yield application
+
+
+@pytest.mark.parametrize(
+    ("method", "path_info"),
+    [
+        ("GET", "/users/"),
+        ("POST", "/users/"),
+        ("OPTIONS", "/users/"),
+        ("GET", "/"),
+        ("PATCH", "/users/1/"),
+        ("HEAD", "/users/"),
+    ],
+)
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        f"Basic {TOKEN}",
+        f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN[:-1]}",
+        TOKEN,
+        "Bearer \u00ff\ud800",
+    ],
+)
+def test_without_the_token_everything_is_401(guarded, method, path_info, authorization):
+    environ = {} if authorization is None else {"HTTP_AUTHORIZATION": authorization}
+    status, headers, body, errors = call(guarded, method, path_info, **environ)
+    assert (status, headers["WWW-Authenticate"], errors) == (401, "Bearer", "")
+    assert body == b"" if method == "HEAD" else list(json.loads(body)) == ["error"]
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
+def test_with_the_token_all_is_as_without_one(guarded, scheme):
+    assert call(guarded, HTTP_AUTHORIZATION=f"{scheme} {TOKEN}")[0] == 200
+
+
+@pytest.mark.parametrize("token", ["", "short", TOKEN[:-1], f"{TOKEN} {TOKEN}", f"{TOKEN}\n", f"{TOKEN}\u00e9"])
+def test_a_token_that_is_too_short_or_cannot_be_sent_is_refused(path, monkeypatch, token):
+    with pytest.raises(ValueError, match="token must be at least 16"):
+        profiler.create_app(path, token=token)
+    monkeypatch.setenv("PROFILER_TOKEN", token)
+    with pytest.raises(ValueError, match="token must be at least 16"):
+        profiler.create_app(path)
+
+
+def test_the_token_may_come_from_the_environment(path, monkeypatch):
+    monkeypatch.setenv("PROFILER_TOKEN", TOKEN)
+    with contextlib.closing(profiler.create_app(path)) as application:
+        assert call(application)[0] == 401
+        assert call(application, HTTP_AUTHORIZATION=f"Bearer {TOKEN}")[0] == 200
+
+
+def test_a_bad_environment_lets_nobody_in(tmp_path):
+    program = (
+        "import profiler, io\n"
+        "from wsgiref.util import setup_testing_defaults\n"
+        "environ = {'PATH_INFO': '/users/'}\n"
+        "setup_testing_defaults(environ)\n"
+        "environ['wsgi.errors'] = errors = io.StringIO()\n"
+        "print(profiler.application(environ, lambda status, headers: print(status)), 'token must be' in errors.getvalue())"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_TOKEN": "short"}
+    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout.splitlines() == [
+        "500 Internal Server Error",
+        """[b'{"error": "Internal server error"}'] True""",
+    ]
+
+
+# -- command line --------------------------------------------------------------
+
+
+class Command:
+    """The command in a process of its own, in an empty folder that holds the two files alone."""
+
+    def __init__(self, folder, *arguments, **environ):
+        for name in ("profiler.py", "schema.sql"):
+            shutil.copy(HERE / name, folder)
+        clean = {
+            name: value for name, value in os.environ.items() if name != "PORT" and not name.startswith("PROFILER_")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "profiler.py", *arguments],
+            cwd=folder, env={**clean, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def address(self):
+        """Wait for the banner and return where it says that the server is."""
+        url, self.banner = self.process.stdout.readline(), self.process.stdout.readline()
+        self.server_address = ("127.0.0.1", int(re.fullmatch(r"http://[0-9.]+:(\d+)/users/\n", url)[1]))
+        return self.server_address
+
+    def end(self, signum=None):
+        """Return the exit status and what was written to stdout and stderr."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        output, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, output, errors
+
+
+def run(folder, *arguments, **environ):
+    with Command(folder, *arguments, **environ) as command:
+        return command.end()
+
+
+def ask(address, method="GET", path="/users/", fields=None, **headers):
+    connection = http.client.HTTPConnection(*address, timeout=10)
+    with contextlib.closing(connection):
+        if fields is not None:
+            headers["Content-Type"] = "application/json"
+        connection.request(method, path, None if fields is None else json.dumps(fields), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_two_files_in_an_empty_folder_serve_until_a_signal(tmp_path, signum):
+    with Command(tmp_path, "--port", "0") as command:
+        address = command.address()
+        assert ask(address, "POST", fields=HARRY) == (201, b'{"id": 1}')
+        assert ask(address)[0] == 200
+        status, output, errors = command.end(signum)
+    assert status == 0
+    assert output == ""
+    for word in (str(tmp_path / "db.sqlite3"), "0 users", "Ctrl-C"):
+        assert word in command.banner
+    assert [line.split('"')[1] for line in errors.splitlines()] == ["POST /users/ HTTP/1.1", "GET /users/ HTTP/1.1"]
+    assert sorted(os.listdir(tmp_path)) == ["db.sqlite3", "profiler.py", "schema.sql"]  # the log is merged and gone
+    assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+def test_the_log_may_be_silent(tmp_path):
+    with Command(tmp_path, "--port", "0", "--no-access-log") as command:
+        ask(command.address())
+        assert command.end(signal.SIGTERM)[2] == ""
+
+
+def test_settings_are_flags_over_environment_over_defaults(tmp_path):
+    with Command(tmp_path, "--database", "flag.sqlite3", PROFILER_DATABASE="environment.sqlite3", PORT="0") as command:
+        command.address()
+        assert "flag.sqlite3" in command.banner
+    with Command(tmp_path, PROFILER_DATABASE="environment.sqlite3", PROFILER_PORT="0", PORT="bad") as command:
+        command.address()
+        assert "environment.sqlite3" in command.banner
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "named"),
+    [
+        (["--port", "http"], {}, "--port: 'http'"),
+        (["--port", "65536"], {}, "--port: '65536'"),
+        (["--port", "-1"], {}, "--port"),
+        (["--port", "\u0663"], {}, "--port"),
+        ([], {"PROFILER_PORT": "http"}, "PROFILER_PORT: 'http'"),
+        ([], {"PORT": "http"}, "PORT: 'http'"),
+        (["--workers", "0"], {}, "--workers: '0'"),
+        ([], {"PROFILER_WORKERS": "many"}, "PROFILER_WORKERS: 'many'"),
+        (["--host", "no.such.host.invalid"], {}, "--host: 'no.such.host.invalid'"),
+        (["--database", ":memory:"], {}, "must be a file"),
+        (["--token-file", "missing"], {}, "--token-file missing: "),
+        ([], {"PROFILER_TOKEN": "short"}, "token must be at least 16"),
+        (["--host", "0.0.0.0"], {}, "--anonymous"),
+        (["--host", "::"], {}, "--anonymous"),
+        (["--frobnicate"], {}, "--frobnicate"),
+    ],
+)
+def test_a_bad_value_is_exit_2_and_a_line_that_names_it(tmp_path, arguments, environ, named):
+    status, output, errors = run(tmp_path, *arguments, **environ)
+    assert (status, output) == (2, "")
+    assert named in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+
+
+def test_a_token_opens_other_addresses_and_is_asked_for(tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    with Command(tmp_path, "--host", "0.0.0.0", "--port", "0", "--token-file", "token") as command:
+        address = command.address()
+        assert ask(address)[0] == 401
+        assert ask(address, Authorization=f"Bearer {TOKEN}")[0] == 200
+        _, output, errors = command.end(signal.SIGTERM)
+    assert TOKEN not in output + errors
+
+
+def test_anonymous_opens_other_addresses_to_all(tmp_path):
+    with Command(tmp_path, "--host", "0.0.0.0", "--port", "0", "--anonymous") as command:
+        assert ask(command.address())[0] == 200
+
+
+def test_a_port_in_use_is_one_line_and_exit_1(tmp_path):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
+        status, output, errors = run(tmp_path, "--port", str(other.getsockname()[1]))
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert "--port" in errors
+
+
+@pytest.mark.parametrize("arguments", [[], ["initialise-database"]])
+def test_no_such_folder_is_one_line_and_exit_1(tmp_path, arguments):
+    status, output, errors = run(tmp_path, "--port", "0", "--database", "missing/db.sqlite3", *arguments)
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert "--database" in errors
+
+
+def test_a_file_that_is_no_database_is_one_line_and_exit_1(tmp_path):
+    (tmp_path / "diary").write_bytes(b"I am Tom Riddle. " * 100)
+    for command in ([], ["initialise-database", "--force"]):
+        status, _, errors = run(tmp_path, "--port", "0", "--database", "diary", *command)
+        assert (status, errors.count("\n")) == (1, 1)
+        assert "not a database" in errors
+    assert (tmp_path / "diary").read_bytes() == b"I am Tom Riddle. " * 100
+
+
+def test_version_and_help(tmp_path):
+    assert run(tmp_path, "--version") == (0, f"profiler {profiler.__version__}\n", "")
+    status, output, _ = run(tmp_path, "--help")
+    assert status == 0
+    for word in (
+        "initialise-database",
+        "--host",
+        "--port",
+        "--database",
+        "--workers",
+        "--token-file",
+        "--anonymous",
+        "PROFILER_PORT",
+    ):
+        assert word in output
+
+
+def test_initialise_database_makes_the_table(tmp_path):
+    assert run(tmp_path, "initialise-database", "--database", "a.sqlite3") == (
+        0,
+        "Successfully created database schema.\n",
+        "",
+    )
+    assert run(tmp_path, "--database", "a.sqlite3", "initialise-database")[0] == 0
+    assert execute(tmp_path / "a.sqlite3", 'SELECT count(*) FROM "user"') == [(0,)]
+    assert not (tmp_path / "db.sqlite3").exists()
+
+
+def test_initialise_database_drops_users_only_by_force(tmp_path):
+    fill(tmp_path / "db.sqlite3", 3)
+    status, output, errors = run(tmp_path, "initialise-database")
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert "3 users" in errors
+    assert "--force" in errors
+    assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(3,)]
+    assert run(tmp_path, "initialise-database", "--force")[0] == 0
+    assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(0,)]
+
+
+def test_initialise_database_of_an_empty_table_forgets_no_ids(tmp_path):
+    fill(tmp_path / "db.sqlite3", 3)
+    execute(tmp_path / "db.sqlite3", 'DELETE FROM "user"')
+    assert run(tmp_path, "initialise-database")[0] == 0
+    fill(tmp_path / "db.sqlite3", 1)
+    assert execute(tmp_path / "db.sqlite3", 'SELECT id FROM "user"') == [(4,)]
+
+
+def children(pid):
+    return {int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+@pytest.fixture
+def workers(tmp_path):
+    if not pathlib.Path("/proc/self/task").exists():
+        pytest.skip("needs Linux's /proc")
+    with Command(tmp_path, "--port", "0", "--workers", "2", "--no-access-log") as command:
+        command.address()
+        yield command
+
+
+def until(condition):
+    """Wait for what no event tells."""
+    deadline = time.monotonic() + 10
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return value
+
+
+def test_workers_share_the_port_and_end_together(workers, tmp_path):
+    pids = until(lambda: len(pids := children(workers.process.pid)) == 2 and pids)
+    for number in range(4):
+        assert ask(workers.server_address, "POST", fields={**HARRY, "email": f"{number}@example.com"})[0] == 201
+    status, _, errors = workers.end(signal.SIGTERM)
+    assert (status, errors) == (0, "")
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+    assert sorted(os.listdir(tmp_path)) == ["db.sqlite3", "profiler.py", "schema.sql"]
+    assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(4,)]
+
+
+def test_a_worker_that_dies_is_replaced_and_the_log_says_so(workers):
+    pids = until(lambda: len(pids := children(workers.process.pid)) == 2 and pids)
+    victim = min(pids)
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(now := children(workers.process.pid)) == 2 and victim not in now)
+    assert ask(workers.server_address)[0] == 200
+    status, _, errors = workers.end(signal.SIGINT)
+    assert status == 0
+    assert errors == f"profiler: worker {victim} ended with -9: another takes its place\n"
+
+
+def test_workers_do_not_outlive_a_supervisor_that_is_killed(workers):
+    pids = until(lambda: len(pids := children(workers.process.pid)) == 2 and pids)
+    workers.process.kill()
+    until(lambda: not any(alive(pid) for pid in pids))
+
+
+def alive(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
