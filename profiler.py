@@ -37,14 +37,15 @@ import threading
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Union
+from urllib.parse import parse_qsl, quote, unquote
 from wsgiref.handlers import format_date_time
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
     from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
 
 __version__ = "1.0.0"
@@ -64,12 +65,14 @@ MAX_BODY = 64 * 1024  # bytes
 MAX_DIGITS = 4300  # of an integer in a body: CPython's own limit, where it has one
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
+MAX_ID_DIGITS = len(str(MAX_ID))
 
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for the database's lock: the default of sqlite3.connect
 HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
 RETRY_AFTER = 1  # seconds, told to whom either wait was too long
-IDLE_CONNECTIONS = 16  # kept open between requests
 BATCH = 500  # users read from the database at once
+MAX_LIMIT = 1000  # users of a page
+FIRST = -MAX_ID  # an id before all others
 
 MIN_TOKEN = 16  # characters
 
@@ -136,13 +139,21 @@ def _digest(method: str, salt: str, password: str) -> str:
 
 
 # -- database ----------------------------------------------------------------------------------------------------------
-# Connections are pooled, not tied to threads: any server's threads may come and go. Text is handed over as the bytes
-# that are stored, for it is on its way into a response. Writers of one process queue at a lock of ours, which wakes
-# the next at once; SQLite's own lock, for which one polls, is left to arbitrate among processes.
+# Two connections a process: one reads, one writes, and threads take turns. That is faster than a connection for each
+# thread: SQLite's calls let go of the GIL, and threads that fight to get it back do little else. Text is handed over as
+# the bytes that are stored, for it is on its way into a response.
 
 
 class Busy(Exception):
     """The service is at its limit for now: the same request may well succeed in a moment."""
+
+
+class _Seat:
+    """A connection, made when it is first needed, and the lock of the thread that uses it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.connection: sqlite3.Connection | None = None
 
 
 class Database:
@@ -155,24 +166,22 @@ class Database:
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: one in memory would end with its connection")
         self.path = os.path.abspath(path)
-        self._reading = threading.Lock()
-        self._writing = threading.Lock()
-        # By process: one made before a fork is neither used nor closed after it (sqlite.org/howtocorrupt.html 2.6).
-        self._idle: defaultdict[int, list[sqlite3.Connection]] = defaultdict(list)
+        # By process: what is from before a fork is neither used nor closed after it (sqlite.org/howtocorrupt.html 2.6).
+        self._readers: defaultdict[int, _Seat] = defaultdict(_Seat)
+        self._writers: defaultdict[int, _Seat] = defaultdict(_Seat)
 
     def read(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Return all rows of a SELECT. No lock and no snapshot outlives the call."""
-        try:
-            connection = self._take()
-        except sqlite3.OperationalError:
-            if not self._is_whole():
-                raise
-            return self._read_immutable(statement, parameters)
-        try:
-            with self._reading:
-                return connection.execute(statement, parameters).fetchall()
-        finally:
-            self._give(connection)
+        seat = self._readers[os.getpid()]
+        with seat.lock:
+            if seat.connection is None:
+                try:
+                    seat.connection = self._connect()
+                except sqlite3.OperationalError:
+                    if not self._is_whole():
+                        raise
+                    return self._read_immutable(statement, parameters)
+            return seat.connection.execute(statement, parameters).fetchall()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -180,37 +189,28 @@ class Database:
 
         Raise Busy, or sqlite3.OperationalError, if the lock is not to be had within BUSY_TIMEOUT.
         """
-        if not self._writing.acquire(timeout=BUSY_TIMEOUT):
+        seat = self._writers[os.getpid()]
+        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
             raise Busy("others are writing to the database")
         try:
-            connection = self._take()
-            try:
-                connection.execute("BEGIN IMMEDIATE")  # one that turned into a writer later could not wait for the lock
-                with connection:
-                    yield connection
-            finally:
-                self._give(connection)
+            if seat.connection is None:
+                seat.connection = self._connect()
+            seat.connection.execute("BEGIN IMMEDIATE")  # what turns into a writer later cannot wait for the lock
+            with seat.connection:
+                yield seat.connection
         finally:
-            self._writing.release()
+            if seat.connection and seat.connection.in_transaction:  # neither commit nor rollback succeeded
+                seat.connection.close()
+                seat.connection = None
+            seat.lock.release()
 
     def close(self) -> None:
-        """Close this process's idle connections; the last one merges the write-ahead log into the file."""
-        idle = self._idle[os.getpid()]
-        while idle:
-            idle.pop().close()
-
-    def _take(self) -> sqlite3.Connection:
-        try:
-            return self._idle[os.getpid()].pop()
-        except IndexError:
-            return self._connect()
-
-    def _give(self, connection: sqlite3.Connection) -> None:
-        idle = self._idle[os.getpid()]
-        if len(idle) < IDLE_CONNECTIONS and not connection.in_transaction:
-            idle.append(connection)
-        else:
-            connection.close()
+        """Close this process's connections; the last of all merges the write-ahead log into the file."""
+        for seat in (self._readers[os.getpid()], self._writers[os.getpid()]):
+            with seat.lock:
+                if seat.connection:
+                    seat.connection.close()
+                    seat.connection = None
 
     def _connect(self) -> sqlite3.Connection:
         """Return a new connection to the file, which is made if need be, private to its owner, with the table in it."""
@@ -267,6 +267,8 @@ _CREATE = f"""INSERT INTO "user" (first_name, last_name, email, password)
 SELECT ?, ?, ?, ? WHERE NOT EXISTS ({_TAKEN})"""
 _LIST = f"""SELECT max(id), group_concat(user, ',')
 FROM (SELECT id, {_JSON} AS user FROM "user" WHERE id > ? ORDER BY id LIMIT ?)"""
+_PAGE = f'SELECT id, {_JSON} FROM "user" WHERE id > ? ORDER BY id LIMIT ?'
+_FIND = f'SELECT id, {_JSON} FROM "user" WHERE email = ? COLLATE NOCASE AND id > ? ORDER BY id LIMIT ?'
 _GET = f'SELECT {_JSON} FROM "user" WHERE id = ?'
 _EXISTS = 'SELECT 1 FROM "user" WHERE id = ?'
 _UPDATE = f"""UPDATE "user" SET first_name = ?, last_name = ?, email = ?
@@ -309,14 +311,25 @@ class Users:
                 raise EmailTaken
             return cursor.lastrowid or 0
 
-    def list(self) -> Iterator[bytes]:
-        """Yield the users by id, as JSON objects with commas between: batch by batch, each a read of its own."""
-        last = -MAX_ID
+    def list(self, after: int = FIRST) -> Iterator[bytes]:
+        """Yield the users behind an id, as JSON objects with commas between: batch by batch, each a read of its own."""
         while True:
-            [(last, users)] = self.database.read(_LIST, (last, BATCH))
+            [(after, users)] = self.database.read(_LIST, (after, BATCH))
             if users is None:
                 return
             yield _utf8(users)
+
+    def page(self, limit: int, after: int = FIRST, email: str | None = None) -> tuple[bytes, int | None]:
+        """Return the first users behind an id, and the id behind which there are more, or None.
+
+        With an email, only the user who has it counts.
+        """
+        if email is None:
+            rows = self.database.read(_PAGE, (after, limit + 1))
+        else:
+            rows = self.database.read(_FIND, (_fold(email), after, limit + 1))
+        last = rows[limit - 1][0] if len(rows) > limit else None
+        return _utf8(b",".join(user for _, user in rows[:limit])), last
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
@@ -375,6 +388,7 @@ def _utf8(text: bytes) -> bytes:
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 # What a request may ask and what a response is, whatever it is about.
 
+_OK = HTTPStatus.OK  # looked up here: to find an enum's member takes longer than the rest of a response
 _HEADERS = (  # of every response
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
@@ -393,12 +407,9 @@ class HTTPError(Exception):
         self.status, self.message, self.headers = status, message, headers
 
 
-class Response(NamedTuple):
-    """A status, a body of JSON (None: no body; an iterator: a body of unknown length), and headers beyond the usual."""
-
-    status: HTTPStatus
-    body: bytes | Iterable[bytes] | None
-    headers: tuple[tuple[str, str], ...] = ()
+# A status, a body of JSON (None: there is none; an iterator: its length is not known), and headers beyond the usual.
+Headers = tuple[tuple[str, str], ...]
+Response = tuple[HTTPStatus, Union[bytes, Iterator[bytes], None], Headers]
 
 
 def to_json(value: object) -> bytes:
@@ -433,6 +444,12 @@ def read_fields(environ: WSGIEnvironment, names: Sequence[str]) -> list[str]:
         if problem := _problem(name, value):
             raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
     return values
+
+
+def read_query(environ: WSGIEnvironment) -> dict[str, str]:
+    """Return the parameters of the query; of those with one name, the last. A + is a +, as RFC 3986 has it."""
+    query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    return dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
 
 
 def parse_length(text: str) -> int:
@@ -522,39 +539,51 @@ _PROFILE = ("first_name", "last_name", "email")
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
     """Answer 201 with the new id, and where the user is to be found."""
     user_id = users.create(*read_fields(environ, (*_PROFILE, "password")))
-    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-    location = "/" + f"{mount_point}/users/{user_id}/".lstrip("/")  # two slashes would lead to another host
-    return Response(HTTPStatus.CREATED, to_json({"id": user_id}), (("Location", location),))
+    return HTTPStatus.CREATED, to_json({"id": user_id}), (("Location", _url(environ, f"{user_id}/")),)
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with an array of every user, streamed unless one batch holds them all."""
-    batches = users.list()
-    first = list(itertools.islice(batches, 2))
-    if len(first) < 2:
-        return Response(HTTPStatus.OK, b"[%s]" % b"".join(first))
-    return Response(HTTPStatus.OK, _array(itertools.chain(first, batches)))
+    """Answer 200 with an array of all users, or of those that the query's limit, after and email ask for."""
+    query = read_query(environ)
+    limit, after = _number(query, "limit", 1, MAX_LIMIT), _number(query, "after", 0, MAX_ID)
+    email = query.get("email")
+    if email is not None and (problem := _problem("email", email)):
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"email {problem}")
+    start = FIRST if after is None else after
+    if limit is None and email is None:
+        return _stream(users.list(start))
+    page, last = users.page(limit or MAX_LIMIT, start, email)
+    link = f'<{_url(environ)}?limit={limit}&after={last}>; rel="next"'  # RFC 8288
+    return _OK, b"[%b]" % page, () if last is None else (("Link", link),)
 
 
 def get_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
     """Answer 200 with the user."""
-    return Response(HTTPStatus.OK, users.get(_user_id(digits)))
+    return _OK, users.get(_user_id(digits)), ()
 
 
 def update_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
     """Answer 200 with the id. A password in the body is ignored, as any other field is."""
     user_id = _user_id(digits)
     users.update(user_id, *read_fields(environ, _PROFILE))
-    return Response(HTTPStatus.OK, to_json({"id": user_id}))
+    return _OK, to_json({"id": user_id}), ()
 
 
 def delete_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
     """Answer 204, whether the user existed or not."""
     users.delete(_user_id(digits))
-    return Response(HTTPStatus.NO_CONTENT, None)
+    return HTTPStatus.NO_CONTENT, None, ()
 
 
-def _array(batches: Iterator[bytes]) -> Iterator[bytes]:
+def _stream(batches: Iterator[bytes]) -> Response:
+    """Return an array that is sent as it is read, unless one batch is all of it."""
+    first = list(itertools.islice(batches, 2))
+    if len(first) < 2:
+        return _OK, b"[%b]" % b"".join(first), ()
+    return _OK, _array(itertools.chain(first, batches)), ()
+
+
+def _array(batches: Iterable[bytes]) -> Iterator[bytes]:
     start = b"["
     for batch in batches:
         yield start + batch
@@ -562,10 +591,26 @@ def _array(batches: Iterator[bytes]) -> Iterator[bytes]:
     yield b"]"
 
 
+def _url(environ: WSGIEnvironment, rest: str = "") -> str:
+    """Return the path of the users, or of one, below the mount point."""
+    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+    return "/" + f"{mount_point}/users/{rest}".lstrip("/")  # two slashes would lead to another host
+
+
+def _number(query: dict[str, str], name: str, low: int, high: int) -> int | None:
+    """Return the number that a parameter of the query gives, if it does. Raise HTTPError: 400."""
+    text = query.get(name)
+    if text is None:
+        return None
+    if not _DIGITS.fullmatch(text) or len(text) > len(str(high)) or not low <= int(text) <= high:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} must be a number from {low} to {high}")
+    return int(text)
+
+
 def _user_id(digits: str) -> int:
-    if len(digits) > len(str(MAX_ID)) or int(digits) > MAX_ID:
+    if len(digits) > MAX_ID_DIGITS or (user_id := int(digits)) > MAX_ID:
         raise NoSuchUser
-    return int(digits)
+    return user_id
 
 
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
@@ -597,7 +642,7 @@ _SQLITE_ERRORS = {
 _UNKNOWN_CODE = 5  # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
 _STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
-_JSON_TYPE = ("Content-Type", "application/json")
+_JSON_HEADERS = (*_HEADERS, ("Content-Type", "application/json"))
 _BEARER = ("WWW-Authenticate", "Bearer")  # RFC 6750 3
 _VISIBLE = re.compile("[!-~]+")
 
@@ -619,7 +664,7 @@ class Application:
         return _send(response, environ, start_response)
 
     def close(self) -> None:
-        """Close the database connections that are idle. The next request opens one again."""
+        """Close the database. The next request opens it again."""
         self.users.database.close()
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
@@ -633,7 +678,7 @@ class Application:
                     return handler(self.users, environ, *match.groups())
                 allow = ("Allow", ", ".join(sorted((*handlers, "HEAD", "OPTIONS"))))
                 if method == "OPTIONS":
-                    return Response(HTTPStatus.NO_CONTENT, None, (allow,))
+                    return HTTPStatus.NO_CONTENT, None, (allow,)
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
         raise HTTPError(HTTPStatus.NOT_FOUND, "Nothing is here: the users are at /users/")
 
@@ -683,20 +728,19 @@ app = application
 
 def _send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Start the response and return its body."""
-    start_response(_STATUS_LINES[response.status], _headers(response))
-    if response.body is None or environ["REQUEST_METHOD"] == "HEAD":
+    status, body, extra = response
+    headers = _headers(body, extra)
+    start_response(_STATUS_LINES[status], headers)
+    if body is None or environ["REQUEST_METHOD"] == "HEAD":
         return ()
-    return [response.body] if isinstance(response.body, bytes) else response.body
+    return [body] if isinstance(body, bytes) else body
 
 
-def _headers(response: Response) -> list[tuple[str, str]]:
-    """Return the headers of the response: the usual ones, its own, and those of its body."""
-    headers = [*_HEADERS, *response.headers]
-    if response.body is not None:
-        headers.append(_JSON_TYPE)
-    if isinstance(response.body, bytes):
-        headers.append(("Content-Length", str(len(response.body))))
-    return headers
+def _headers(body: object, extra: Headers) -> list[tuple[str, str]]:
+    """Return the headers of a response: the usual ones, those of its body, and its own."""
+    if isinstance(body, bytes):
+        return [*_JSON_HEADERS, ("Content-Length", str(len(body))), *extra]
+    return [*(_HEADERS if body is None else _JSON_HEADERS), *extra]
 
 
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
@@ -709,7 +753,7 @@ def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
         traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
     elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
         environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
-    return Response(answer.status, to_json({"error": answer.message}), answer.headers)
+    return answer.status, to_json({"error": answer.message}), answer.headers
 
 
 def _cores() -> int:
@@ -1078,7 +1122,7 @@ def _check_framing(environ: WSGIEnvironment) -> None:
 def _error_message(error: HTTPError) -> bytes:
     """Return a whole response, the last one of its connection."""
     body = to_json({"error": error.message})
-    headers = _headers(Response(error.status, body, (*error.headers, ("Connection", "close"))))
+    headers = _headers(body, (*error.headers, ("Connection", "close")))
     return _head(_STATUS_LINES[error.status], headers) + body
 
 

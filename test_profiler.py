@@ -234,23 +234,34 @@ def test_a_relative_path_is_settled_when_the_application_is_made(tmp_path, monke
     assert (tmp_path / "db.sqlite3").exists()
 
 
-def test_one_connection_serves_one_request_after_another(application, monkeypatch):
+def test_two_connections_serve_all_threads(application, monkeypatch):
     connects = []
     connect = application.users.database._connect
     monkeypatch.setattr(application.users.database, "_connect", lambda: connects.append(1) or connect())
-    for _ in range(5):
-        assert call(application)[0] == 200
-    assert len(connects) == 1
+    with ThreadPoolExecutor(8) as threads:
+        assert {answer[0] for answer in threads.map(lambda _: call(application), range(40))} == {200}
+        assert {answer[0] for answer in threads.map(lambda _: call(application, "DELETE", "/users/1/"), range(40))} == {
+            204
+        }
+    assert len(connects) == 2
 
 
-def test_the_pool_keeps_a_few_connections_and_closes_the_others(application):
+def test_a_transaction_that_can_neither_commit_nor_roll_back_is_not_the_next_ones(application, path):
+    """Here by a connection that forgot how; else by a disk that failed."""
     database = application.users.database
-    taken = [database._take() for _ in range(profiler.IDLE_CONNECTIONS + 2)]
-    for connection in taken:
-        database._give(connection)
-    with pytest.raises(sqlite3.ProgrammingError):
-        taken[-1].execute("SELECT 1")
-    assert taken[0].execute("SELECT 1").fetchall() == [(1,)]
+
+    class Broken(sqlite3.Connection):
+        def __exit__(self, *_):
+            return False
+
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, factory=Broken)) as broken:
+        broken.executescript(profiler.read_schema())
+        database._writers[os.getpid()].connection = broken
+        assert call(application, "POST", body=json.dumps(HARRY).encode())[0] == 201
+        with pytest.raises(sqlite3.ProgrammingError):
+            broken.execute("SELECT 1")
+    assert application.users.count() == 0
+    assert call(application, "POST", body=json.dumps(HARRY).encode())[0] == 201
 
 
 def test_a_failed_transaction_leaves_nothing_and_its_connection_is_as_new(application, path):
@@ -282,20 +293,26 @@ ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWa
 def test_a_connection_from_before_a_fork_is_set_aside(application):
     application.users.create("Harry", "Potter", "harry@example.com", "1234")
     database = application.users.database
-    inherited = database._take()
-    database._give(inherited)
+    inherited = [database._readers[os.getpid()], database._writers[os.getpid()]]
 
     def child():
-        taken = database._take()
-        database._give(taken)
         status = call(application, "POST", body=json.dumps(RON).encode())[0]
+        seats = [database._readers[os.getpid()], database._writers[os.getpid()]]
+        apart = not {id(seat.connection) for seat in seats} & {id(seat.connection) for seat in inherited}
         application.close()
-        return taken is not inherited and status == 201 and inherited.execute("SELECT 1").fetchall()
+        return apart and status == 201 and all(seat.connection.execute("SELECT 1").fetchall() for seat in inherited)
 
     assert in_a_fork(child)
-    assert database._take() is inherited
-    database._give(inherited)
     assert application.users.count() == 2
+
+
+@needs_fork
+@ignores_fork_warning
+def test_a_fork_in_the_middle_of_a_transaction_leaves_the_child_free(application, path):
+    """Nobody would release the parent's locks there."""
+    assert application.users.count() == 0
+    with application.users.database.transaction(), application.users.database._readers[os.getpid()].lock:
+        assert in_a_fork(lambda: call(application)[0] == 200)
 
 
 @needs_fork
@@ -948,6 +965,109 @@ def test_head_is_get_without_the_body(application, path_info):
     assert headers["Content-Length"] == str(len(body))
 
 
+@pytest.fixture
+def pages(client, path):
+    fill(path, 250)
+    return client
+
+
+@pytest.mark.parametrize("form", ["/users/", "/users"])
+def test_pages_are_all_the_users_once(pages, form):
+    url, ids = f"{form}?limit=100", []
+    for count, following in [
+        (100, "</users/?limit=100&after=100>"),
+        (100, "</users/?limit=100&after=200>"),
+        (50, None),
+    ]:
+        answer = pages.get(url, status=200)
+        assert len(answer.json) == count
+        assert answer.headers.get("Link") == (following and f'{following}; rel="next"')
+        ids += [user["id"] for user in answer.json]
+        url = following and following[1:-1]
+    assert ids == list(range(1, 251))
+
+
+def test_the_last_page_may_be_full(pages):
+    answer = pages.get("/users/?limit=50&after=200")
+    assert len(answer.json) == 50
+    assert "Link" not in answer.headers
+
+
+def test_a_page_behind_the_last_user_is_empty(pages):
+    assert pages.get("/users/?limit=1&after=250").json == []
+    assert pages.get(f"/users/?after={profiler.MAX_ID}").json == []
+
+
+def test_after_alone_goes_on_to_the_end(pages):
+    assert [user["id"] for user in pages.get("/users/?after=240").json] == list(range(241, 251))
+    assert len(pages.get("/users/?after=0").json) == 250
+
+
+def test_link_carries_the_mount_point(application, path):
+    fill(path, 2)
+    headers = call(application, QUERY_STRING="limit=1", SCRIPT_NAME="/api")[1]
+    assert headers["Link"] == '</api/users/?limit=1&after=1>; rel="next"'
+
+
+@pytest.mark.parametrize("email", ["user7@example.com", "USER7@Example.com", "user7%40example.com"])
+def test_email_gives_the_one_who_has_it(pages, email):
+    assert [user["id"] for user in pages.get(f"/users/?email={email}").json] == [7]
+    assert "Link" not in pages.get(f"/users/?email={email}&limit=1").headers
+
+
+def test_email_gives_none_if_nobody_has_it_or_not_behind_that_id(pages):
+    assert pages.get("/users/?email=nobody@example.com").json == []
+    assert pages.get("/users/?email=user7@example.com&after=7").json == []
+    assert len(pages.get("/users/?email=user7@example.com&after=6&limit=1").json) == 1
+
+
+@pytest.mark.parametrize("query", ["a+b@example.com", "a%2Bb@example.com"])
+def test_a_plus_in_an_email_is_a_plus(client, query):
+    client.post_json("/users/", {**HARRY, "email": "a+b@example.com"})
+    assert len(client.get(f"/users/?email={query}").json) == 1
+
+
+def test_an_email_may_be_asked_for_in_any_letters(application):
+    call(application, "POST", body=json.dumps({**HARRY, "email": "żółw@example.com"}).encode())
+    for query in ("email=%C5%BB%C3%93%C5%81W@example.com", "email=żółw@example.com".encode().decode("latin-1")):
+        assert len(json.loads(call(application, QUERY_STRING=query)[2])) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        *(
+            (f"limit={value}", "limit")
+            for value in ("", "0", "-1", "1001", "1.0", "ten", "+1", "%D9%A3", "9" * 5000, "1%0A", "1,2")
+        ),
+        *((f"after={value}", "after") for value in ("", "-1", "9223372036854775808", "0x1", "0" * 5000, "x")),
+        *((f"email={value}", "email") for value in ("", "harry", "a@b@c", "a%20b@c", "%00@b", "%FF@%0A")),
+        ("limit=5&after=x", "after"),
+    ],
+)
+def test_a_parameter_that_is_malformed_or_out_of_range_is_400_and_named(client, query, name):
+    assert client.get(f"/users/?{query}", status=400).json["error"].startswith(f"{name} must")
+
+
+@pytest.mark.parametrize("query", ["", "page=2", "Limit=1", "&&=&a", "first_name=Harry", "%", "\u00ff"])
+def test_another_parameter_is_ignored(application, path, query):
+    fill(path, 2)
+    status, headers, body, _ = call(application, QUERY_STRING=query)
+    assert (status, len(json.loads(body)), "Link" in headers) == (200, 2, False)
+
+
+def test_a_page_does_not_look_at_the_users_before_it(application, path):
+    fill(path, 1)
+    for statement, parameters in ((profiler._PAGE, (0, 1)), (profiler._LIST, (0, 1)), (profiler._FIND, ("a@b", 0, 1))):
+        plan = execute(path, f"EXPLAIN QUERY PLAN {statement}", parameters)
+        steps = [step[-1] for step in plan]
+        assert any(
+            re.match(r"SEARCH .*user USING (INTEGER PRIMARY KEY \(rowid>\?\)|.*INDEX .*\(email=\?.*\))", step)
+            for step in steps
+        )
+        assert not any("TEMP B-TREE" in step for step in steps)
+
+
 # -- application ---------------------------------------------------------------
 
 
@@ -1351,8 +1471,8 @@ def test_a_client_that_does_not_read_is_dropped(server, path):
     fill(path, 60 * profiler.BATCH)
     with connected(server) as connection:
         connection.sendall(GET * 20)
+        assert connection.recv(1) == b"H"
         with server._closed:
-            assert server._closed.wait_for(lambda: len(server.answering) == 1, 10)
             assert server._closed.wait_for(lambda: not server.answering, 10)
         with contextlib.suppress(ConnectionResetError):
             assert receive(connection).count(b"\r\n0\r\n\r\n") < 20
