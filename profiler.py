@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import os
-import pathlib
 import re
 import secrets
 import signal
@@ -37,16 +36,20 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, Union
 from urllib.parse import parse_qsl, quote, unquote
 from wsgiref.handlers import format_date_time
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+TYPE_CHECKING = False  # typing's own, which would cost every start its import
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any, Callable, NoReturn, Union
     from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
+
+    Headers = tuple[tuple[str, str], ...]
+    # A status, a body of JSON (None: there is none; an iterator: of unknown length), and headers beyond the usual.
+    Response = tuple[HTTPStatus, Union[bytes, Iterator[bytes], None], Headers]
 
 __version__ = "1.0.0"
 
@@ -238,7 +241,7 @@ class Database:
 
     def _read_immutable(self, statement: str, parameters: Sequence[Any]) -> list[Any]:
         """Read where the shared memory of WAL mode cannot be made: on a read-only place, on a full disk."""
-        uri = pathlib.Path(self.path).as_uri() + "?immutable=1"
+        uri = "file:///" + quote(self.path.replace(os.sep, "/").lstrip("/")) + "?immutable=1"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
             connection.text_factory = bytes
             return connection.execute(statement, parameters).fetchall()
@@ -405,11 +408,6 @@ class HTTPError(Exception):
     def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
-
-
-# A status, a body of JSON (None: there is none; an iterator: its length is not known), and headers beyond the usual.
-Headers = tuple[tuple[str, str], ...]
-Response = tuple[HTTPStatus, Union[bytes, Iterator[bytes], None], Headers]
 
 
 def to_json(value: object) -> bytes:
@@ -791,7 +789,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def __init__(self, host: str, port: int, app: Application, access_log: bool = True) -> None:
         """Listen on the first of the host's addresses. Raise OSError if that cannot be."""
-        self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.address_family, _, _, _, address = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)[0]
         self.app = app
         self.access_log = access_log
         self.draining = False
@@ -1206,7 +1204,7 @@ def _work(server: Server) -> NoReturn:
 
 def _address(text: str) -> str:
     try:
-        return str(socket.getaddrinfo(text or None, 0, type=socket.SOCK_STREAM)[0][4][0])
+        return str(socket.getaddrinfo(text.encode() or None, 0, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise ValueError(f"{text!r} is no address: {error.strerror}") from None
 
