@@ -35,9 +35,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
 from http import HTTPStatus
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 from wsgiref.handlers import format_date_time
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -75,7 +74,7 @@ HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
 RETRY_AFTER = 1  # seconds, told to whom either wait was too long
 BATCH = 500  # users read from the database at once
 MAX_LIMIT = 1000  # users of a page
-FIRST = -MAX_ID  # an id before all others
+BEFORE_ALL = -(2**63)  # SQLite's smallest integer
 
 MIN_TOKEN = 16  # characters
 
@@ -159,6 +158,13 @@ class _Seat:
         self.connection: sqlite3.Connection | None = None
 
 
+class _Seats(dict[int, _Seat]):
+    """A seat for each process: what is from before a fork is neither used nor closed (sqlite.org/howtocorrupt.html)."""
+
+    def __missing__(self, pid: int) -> _Seat:
+        return self.setdefault(pid, _Seat())
+
+
 class Database:
     """One SQLite file, made at the first use. Threads and, after a fork, processes may share the object."""
 
@@ -169,12 +175,10 @@ class Database:
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: one in memory would end with its connection")
         self.path = os.path.abspath(path)
-        # By process: what is from before a fork is neither used nor closed after it (sqlite.org/howtocorrupt.html 2.6).
-        self._readers: defaultdict[int, _Seat] = defaultdict(_Seat)
-        self._writers: defaultdict[int, _Seat] = defaultdict(_Seat)
+        self._readers, self._writers = _Seats(), _Seats()
 
     def read(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a SELECT. No lock and no snapshot outlives the call."""
+        """Return all rows of a SELECT; no lock and no snapshot outlives the call. Raise sqlite3.Error."""
         seat = self._readers[os.getpid()]
         with seat.lock:
             if seat.connection is None:
@@ -190,7 +194,7 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the database's write lock; commit at the end of the block, roll back if it raises.
 
-        Raise Busy, or sqlite3.OperationalError, if the lock is not to be had within BUSY_TIMEOUT.
+        Raise Busy if this process's other threads, or sqlite3.OperationalError if others, hold it past BUSY_TIMEOUT.
         """
         seat = self._writers[os.getpid()]
         if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
@@ -248,7 +252,7 @@ class Database:
 
 
 def read_schema() -> str:
-    """Return the text of schema.sql, which stands beside this module: in a folder, a wheel or a zip archive."""
+    """Return the text of schema.sql, beside this module in a folder, a wheel or a zip archive. Raise OSError."""
     path = os.path.join(os.path.dirname(__file__), "schema.sql")
     spec = globals().get("__spec__")  # a script has none, and mod_wsgi sets none
     if spec is not None and hasattr(spec.loader, "get_data"):
@@ -290,7 +294,7 @@ class NoSuchUser(Exception):
 
 
 class TableInUse(Exception):
-    """The table that was to be made anew holds users."""
+    """The table holds users, whom nobody said to drop."""
 
 
 class Users:
@@ -314,16 +318,16 @@ class Users:
                 raise EmailTaken
             return cursor.lastrowid or 0
 
-    def list(self, after: int = FIRST) -> Iterator[bytes]:
-        """Yield the users behind an id, as JSON objects with commas between: batch by batch, each a read of its own."""
+    def list(self, after: int = BEFORE_ALL) -> Iterator[bytes]:
+        """Yield the users after an id, as JSON objects with commas between: batch by batch, each a read of its own."""
         while True:
             [(after, users)] = self.database.read(_LIST, (after, BATCH))
             if users is None:
                 return
             yield _utf8(users)
 
-    def page(self, limit: int, after: int = FIRST, email: str | None = None) -> tuple[bytes, int | None]:
-        """Return the first users behind an id, and the id behind which there are more, or None.
+    def page(self, limit: int, after: int = BEFORE_ALL, email: str | None = None) -> tuple[bytes, int | None]:
+        """Return the first users after an id, and the id after which there are more, or None.
 
         With an email, only the user who has it counts.
         """
@@ -365,7 +369,7 @@ class Users:
             [(count,)] = connection.execute(_COUNT)
             if force:
                 connection.execute(_DROP)
-                connection.execute(read_schema())
+                connection.execute(read_schema())  # one statement: executescript would commit first
             elif count:
                 raise TableInUse(count)
 
@@ -379,7 +383,7 @@ class Users:
 
 
 def _fold(email: str) -> str:
-    """Return the email as it is stored: with other letters than ASCII's, which are all that NOCASE folds, in lower."""
+    """Return the email as it is stored: in lower case, if it has letters that SQLite's NOCASE does not fold."""
     return email if email.isascii() else email.lower()
 
 
@@ -391,7 +395,7 @@ def _utf8(text: bytes) -> bytes:
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 # What a request may ask and what a response is, whatever it is about.
 
-_OK = HTTPStatus.OK  # looked up here: to find an enum's member takes longer than the rest of a response
+_OK = HTTPStatus.OK  # once: an enum is slow to find its members
 _HEADERS = (  # of every response
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
@@ -459,13 +463,10 @@ def parse_length(text: str) -> int:
 
 def _check_content_type(content_type: str) -> None:
     media_type, *parameters = content_type.lower().split(";")
-    charsets = [
-        value.strip(' \t"') for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "charset"
-    ]
-    if media_type.strip() != "application/json" or any(charset != "utf-8" for charset in charsets):
-        raise HTTPError(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be sent as Content-Type: application/json, in UTF-8"
-        )
+    named = [parameter.replace('"', "").split("=", 1) for parameter in parameters]
+    is_utf8 = all(value.strip() == "utf-8" for name, *values in named if name.strip() == "charset" for value in values)
+    if media_type.strip() != "application/json" or not is_utf8:
+        raise HTTPError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send the body as Content-Type: application/json, in UTF-8")
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
@@ -474,17 +475,12 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     terminated = environ.get("wsgi.input_terminated", False)
     if chunked and not terminated:
         raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-    length = None
-    if environ.get("CONTENT_LENGTH") and not chunked:
-        length = parse_length(environ["CONTENT_LENGTH"])
-    elif not terminated:
-        length = 0
-    body = b""
-    if length is None or length <= MAX_BODY:
-        body = _read(environ["wsgi.input"], MAX_BODY + 1 if length is None else length)
-    if max(len(body), length or 0) > MAX_BODY:
+    text = "" if chunked else environ.get("CONTENT_LENGTH", "")
+    size = parse_length(text) if text else MAX_BODY + 1 if terminated else 0
+    body = b"" if text and size > MAX_BODY else _read(environ["wsgi.input"], size)
+    if size > MAX_BODY and (text or len(body) == size):
         raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
-    if length is not None and len(body) < length:
+    if text and len(body) < size:
         raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
     return body
 
@@ -529,7 +525,8 @@ def _problem(name: str, value: object) -> str | None:
 
 
 # -- endpoints ---------------------------------------------------------------------------------------------------------
-# Each takes the users, the request and, if its path has one, the digits of a user's id.
+# Each takes the users, the request and, if its path has one, the digits of a user's id. Each raises HTTPError for a bad
+# request, and what the users raise.
 
 _PROFILE = ("first_name", "last_name", "email")
 
@@ -547,12 +544,13 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
     email = query.get("email")
     if email is not None and (problem := _problem("email", email)):
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"email {problem}")
-    start = FIRST if after is None else after
+    start = BEFORE_ALL if after is None else after
     if limit is None and email is None:
         return _stream(users.list(start))
     page, last = users.page(limit or MAX_LIMIT, start, email)
-    link = f'<{_url(environ)}?limit={limit}&after={last}>; rel="next"'  # RFC 8288
-    return _OK, b"[%b]" % page, () if last is None else (("Link", link),)
+    following = {"limit": limit or MAX_LIMIT, "after": last, **({"email": email} if email else {})}
+    link = ("Link", f'<{_url(environ)}?{urlencode(following)}>; rel="next"')  # RFC 8288
+    return _OK, b"[%b]" % page, () if last is None else (link,)
 
 
 def get_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
@@ -627,7 +625,7 @@ _ERRORS = {
         HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again", ("Retry-After", str(RETRY_AFTER))
     ),
 }
-# What the operator may mend, by SQLite's result code (sqlite.org/rescode.html). Any other code is somebody's mistake.
+# What may pass, or be mended, by SQLite's result code (sqlite.org/rescode.html). Any other code is somebody's mistake.
 _SQLITE_ERRORS = {
     5: _ERRORS[Busy],  # SQLITE_BUSY
     6: _ERRORS[Busy],  # SQLITE_LOCKED
@@ -666,8 +664,8 @@ class Application:
         self.users.database.close()
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
-        """Find the path's handler for the method and return its response. Raise what it raises; HTTPError 404, 405."""
-        if self.token is not None and not self._is_authorized(environ.get("HTTP_AUTHORIZATION", "")):
+        """Return the response of the path's handler for the method. Raise what it raises; HTTPError: 401, 404, 405."""
+        if self.token is not None and not _carries(self.token, environ.get("HTTP_AUTHORIZATION", "")):
             raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", _BEARER)
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
         for pattern, handlers in ROUTES:
@@ -679,12 +677,6 @@ class Application:
                     return HTTPStatus.NO_CONTENT, None, (allow,)
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
         raise HTTPError(HTTPStatus.NOT_FOUND, "Nothing is here: the users are at /users/")
-
-    def _is_authorized(self, authorization: str) -> bool:
-        scheme, _, token = authorization.partition(" ")  # RFC 9110 11.4
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            token.strip(" ").encode("utf-8", "surrogatepass"), self.token or b""
-        )
 
 
 def create_app(
@@ -741,16 +733,24 @@ def _headers(body: object, extra: Headers) -> list[tuple[str, str]]:
     return [*(_HEADERS if body is None else _JSON_HEADERS), *extra]
 
 
+def _carries(token: bytes, authorization: str) -> bool:
+    """Tell whether an Authorization header carries the token (RFC 6750 2.1)."""
+    scheme, _, credentials = authorization.partition(" ")
+    given = credentials.strip(" ").encode("utf-8", "surrogatepass")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given, token)
+
+
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return what to tell the client; write to wsgi.errors what to tell the operator."""
     answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error))
     if isinstance(error, sqlite3.OperationalError):
         answer = _SQLITE_ERRORS.get(getattr(error, "sqlite_errorcode", _UNKNOWN_CODE) & 0xFF)
-    if answer is None:
-        answer = _INTERNAL_ERROR
-        traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
-    elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
+    with contextlib.suppress(OSError):  # a log that cannot be written to
+        if answer is None:
+            traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
+        elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
+    answer = answer or _INTERNAL_ERROR
     return answer.status, to_json({"error": answer.message}), answer.headers
 
 
@@ -760,13 +760,14 @@ def _cores() -> int:
 
 
 # -- server ------------------------------------------------------------------------------------------------------------
-# wsgiref, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each wait, and a reader
-# of heads that refuses, and closes, wherever a proxy in front might read the same bytes otherwise (RFC 9112 11.2).
+# wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
+# wait, and a reader that refuses, and closes, wherever a proxy in front might read the same bytes otherwise (RFC 9112
+# 11.2). It serves the Application above, which takes no body past MAX_BODY and starts each response once.
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _TOKEN)  # RFC 9112 3
+_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
+_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _NAME)  # RFC 9112 3
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
-_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)\r\n" % _TOKEN)
+_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)\r\n" % _NAME)
 _AUTHORITY = re.compile(r"https?://[^/?#]+", re.IGNORECASE)  # of an absolute target: RFC 9112 3.2.2
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
 _BASE_ENVIRON: dict[str, Any] = {  # PEP 3333
@@ -780,7 +781,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """An HTTP server for an Application. Its limits are attributes, which an instance may have otherwise."""
+    """An HTTP server for an Application. An instance may have other timeouts, and another limit of connections."""
 
     daemon_threads = True
     request_queue_size = max_connections = MAX_CONNECTIONS
@@ -794,7 +795,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         self.access_log = access_log
         self.draining = False
         self.supervisor: int | None = None  # the process that this one is a worker of
-        self.answering: dict[socket.socket, bool] = {}  # the open connections: which have a request to be answered?
+        self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
         self._closed = threading.Condition()
         super().__init__((str(address[0]), int(address[1])), RequestHandler)
         self.socket.setblocking(False)  # another worker may have been quicker to accept
@@ -813,34 +814,35 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection a thread of its own, or 503 if there are too many."""
-        request.setblocking(False)
-        self.answering[request] = False
+        self.connections[request] = False
         try:
-            if len(self.answering) > self.max_connections:
+            if len(self.connections) > self.max_connections:
                 raise RuntimeError
             super().process_request(request, client_address)
         except RuntimeError:  # also threading's own, where the system has no more threads
+            request.setblocking(False)
             with contextlib.suppress(OSError):
                 request.send(_error_message(_ERRORS[Busy]))
+                request.recv(MAX_HEAD)  # bytes left unread would take the answer back
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and forget it."""
         super().shutdown_request(request)
         with self._closed:
-            self.answering.pop(request, None)
+            self.connections.pop(request, None)
             self._closed.notify_all()
 
     def drain(self) -> None:
         """Accept no more, end the idle connections, and wait for the others, up to drain_timeout."""
         self.draining = True
         self.socket.close()
-        for request, answering in list(self.answering.items()):
+        for request, answering in list(self.connections.items()):
             if not answering:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
         with self._closed:
-            self._closed.wait_for(lambda: not self.answering, self.drain_timeout)
+            self._closed.wait_for(lambda: not self.connections, self.drain_timeout)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Write the traceback of what nobody expected to stderr, in one piece."""
@@ -880,27 +882,25 @@ class RequestHandler(WSGIRequestHandler):
         self.requestline = ""
         try:
             environ = self._read_head()
+            self.server.connections[self.connection] = True
+            self.receiver.set_timeout(self.server.body_timeout)
+            environ["wsgi.input"] = io.BytesIO(self._read_body(environ))
         except socket.timeout:
             self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
         except HTTPError as error:
             self._refuse(error)
         else:
-            self.server.answering[self.connection] = True
-            self.receiver.set_timeout(self.server.body_timeout)
-            body = Body(self, environ)
-            self._answer(environ, body)
-            if not self.close_connection:
-                body.discard()
-                self.server.answering[self.connection] = False
+            self._answer(environ)
+            self.server.connections[self.connection] = False
+            if self.server.draining:  # perhaps too late for the response to say that it is the last
+                self.close_connection = True
 
     def send(self, message: bytes) -> None:
-        """Send it all, however slowly the client reads, as long as it does read. Raise ClientGone if not."""
+        """Send it all, however slowly the client reads, as long as it does read. Raise OSError if not."""
+        self.connection.settimeout(self.server.send_timeout)
         view = memoryview(message)
-        try:
-            while view:
-                view = view[_within(self.server.send_timeout, self.connection, self.connection.send, view) :]
-        except OSError as error:
-            raise ClientGone from error
+        while view:
+            view = view[self.connection.send(view) :]
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Write a line in Common Log Format to stderr."""
@@ -943,44 +943,45 @@ class RequestHandler(WSGIRequestHandler):
         self.send(_error_message(error))
         self.log_request(error.status)
 
-    def _answer(self, environ: WSGIEnvironment, body: Body) -> None:
-        """Send what the application answers (PEP 3333). If it raises midway, the response has no proper end."""
-        environ["wsgi.input"] = io.BufferedReader(body) if body.remaining else io.BytesIO()
+    def _read_body(self, environ: WSGIEnvironment) -> bytes:
+        """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
+        length = parse_length(environ["CONTENT_LENGTH"] or "0")
+        if length > MAX_BODY:
+            self.close_connection = True
+            return b""
+        if length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
+        body = self.stream.read(length)
+        if len(body) < length:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
+        return body
+
+    def _answer(self, environ: WSGIEnvironment) -> None:
+        """Send what the application answers (PEP 3333). If that fails midway, the response has no proper end."""
         environ["wsgi.errors"] = sys.stderr
-        status, headers = "", []
-
-        def start_response(*status_and_headers: Any) -> Any:
-            nonlocal status, headers
-            status, headers, *_ = status_and_headers
-
-        result = self.server.app(environ, start_response)
+        started: list[Any] = []
+        result = self.server.app(environ, lambda *arguments: started.extend(arguments))  # type: ignore[arg-type]
+        status, headers = started
+        size = 0
         try:
-            head, chunked = self._begin(status, headers, environ, body)
-            size = 0
+            head, chunked = self._make_head(status, headers, environ)
             for part in filter(None, result):
-                self.send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))
+                self.send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))  # RFC 9112 7.1
                 head = b""
                 size += len(part)
             self.send(head + (b"0\r\n\r\n" if chunked else b""))
-            self.log_request(status[:3], size)
-        except ClientGone:
-            raise
-        except Exception:
-            self.close_connection = True
-            sys.stderr.write(traceback.format_exc())
         finally:
-            if hasattr(result, "close"):
-                result.close()
+            self.log_request(status[:3], size)
 
-    def _begin(self, status: str, headers: list[Any], environ: WSGIEnvironment, body: Body) -> tuple[bytes, bool]:
-        """Return the head of a response, and whether its body is chunked (RFC 9112 6.3). Decide what comes after it."""
+    def _make_head(self, status: str, headers: list[Any], environ: WSGIEnvironment) -> tuple[bytes, bool]:
+        """Return the head of a response, and whether its body is chunked. Settle whether the connection goes on."""
         modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         bodiless = environ["REQUEST_METHOD"] == "HEAD" or status.startswith("204")
         chunked = modern and not bodiless and "Content-Length" not in dict(headers)
         if chunked:
             headers.append(("Transfer-Encoding", "chunked"))
         options = environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(",")
-        if not modern or "close" in options or self.server.draining or not body.is_discardable():
+        if self.close_connection or not modern or "close" in options or self.server.draining:
             self.close_connection = True
             headers.append(("Connection", "close"))
         return _head(status, headers), chunked
@@ -992,46 +993,6 @@ class RequestHandler(WSGIRequestHandler):
         self.connection.settimeout(LINGER_TIMEOUT)
         while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(MAX_BODY)):
             left -= len(received)
-
-
-class ClientGone(ConnectionError):
-    """The client has closed the connection, or stalls."""
-
-
-class Body(io.RawIOBase):
-    """The body of a request: as many bytes as its Content-Length says, and not one of the next request."""
-
-    def __init__(self, handler: RequestHandler, environ: WSGIEnvironment) -> None:
-        """Take the connection that it arrives on, and what the request says of it."""
-        self.remaining = parse_length(environ["CONTENT_LENGTH"] or "0")
-        self._handler = handler
-        self._awaited = "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-        self._ended = False
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read some of the body; first tell a client that waits for it to go on (RFC 9110 10.1.1)."""
-        if self._awaited and self.remaining:
-            self._awaited = False
-            self._handler.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._ended = True  # unless something arrives
-        count = self._handler.stream.readinto1(memoryview(buffer)[: self.remaining])
-        self._ended = count == 0
-        self.remaining -= count
-        return count
-
-    def is_discardable(self) -> bool:
-        """Tell whether what the application left is so little, and so sure to arrive, that the connection goes on."""
-        return self.remaining == 0 or (self.remaining <= MAX_BODY and not self._awaited and not self._ended)
-
-    def discard(self) -> None:
-        """Read what is left. Raise OSError if it does not arrive."""
-        while self.remaining:
-            if not self.read(self.remaining):
-                raise ClientGone
 
 
 class _Receiver(io.RawIOBase):
@@ -1051,19 +1012,8 @@ class _Receiver(io.RawIOBase):
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout("the deadline has passed")
-        return _within(left, self._connection, self._connection.recv_into, buffer)
-
-
-def _within(seconds: float, connection: socket.socket, transfer: Callable[[Any], int], buffer: Any) -> int:
-    """Receive or send what can be at once, else wait for so long. Raise socket.timeout."""
-    try:
-        return transfer(buffer)
-    except BlockingIOError:
-        connection.settimeout(seconds)
-        try:
-            return transfer(buffer)
-        finally:
-            connection.setblocking(False)
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
 
 
 def _parse_request_line(line: bytes) -> WSGIEnvironment:
@@ -1167,9 +1117,8 @@ def supervise(server: Server, workers: int) -> None:
     for signum in _SIGNALS:
         signal.signal(signum, stop)
     while True:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, _SIGNALS
-        )  # no worker may be overlooked, nor told by its elder's handler
+        # With the signals held back no worker is overlooked, and none is told by the handler of its elder.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while not stopping and len(workers_since) < workers:
             pid = os.fork()
             if pid == 0:
@@ -1187,31 +1136,95 @@ def supervise(server: Server, workers: int) -> None:
 
 
 def _work(server: Server) -> NoReturn:
-    """Be a worker, to the end of the process: nothing of the supervisor's is run after a fork."""
-    status = 1
+    """Serve, and end the process: nothing that is the supervisor's is done after a fork."""
     try:
         serve(server)
-        status = 0
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(1)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
+    parser = _make_parser()
+    arguments = parser.parse_args(argv)
+    serving = arguments.command is None
+    try:
+        app = create_app(arguments.database, token=_read_token(arguments.token_file))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if serving and not (app.token or arguments.anonymous or _is_loopback(arguments.host)):
+        parser.error(
+            f"--host {arguments.host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
+        )
+    if arguments.force and serving:
+        parser.error("--force goes with initialise-database")
+    if not hasattr(hashlib, "pbkdf2_hmac"):
+        return _fail("this Python was built without OpenSSL, and so without hashlib.pbkdf2_hmac: take another")
+    try:
+        with contextlib.closing(app):
+            return _run_server(app, arguments) if serving else _initialise_database(app, arguments.force)
+    except sqlite3.Error as error:
+        return _fail(f"{app.users.database.path}: {error}: name another file, in a folder that exists, with --database")
+    except OSError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 128 + signal.SIGINT
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="profiler", description="User accounts over HTTP, on one SQLite file.")
+    commands = ["initialise-database"]
+    parser.add_argument(
+        "command", nargs="?", choices=commands, help="make the table of users, and end, without serving"
+    )
+    for name, read, default, text in (
+        ("host", _address, HOST, f"the address to serve on (default: PROFILER_HOST, else {HOST})"),
+        ("port", _port, PORT, f"the port; 0 is any free one (default: PROFILER_PORT or PORT, else {PORT})"),
+        (
+            "workers",
+            _workers,
+            WORKERS,
+            f"how many processes; auto: one for each core (default: PROFILER_WORKERS, else {WORKERS})",
+        ),
+    ):
+        variables = [f"PROFILER_{name.upper()}", *(["PORT"] if name == "port" else [])]
+        default = next(filter(None, map(os.environ.get, variables)), default)
+        parser.add_argument(f"--{name}", type=read, default=default, help=text)
+    parser.add_argument(
+        "--database", metavar="PATH", help=f"the SQLite file (default: PROFILER_DATABASE, else {DATABASE})"
+    )
+    parser.add_argument(
+        "--token-file", metavar="PATH", help="a file with the token to ask for (default: PROFILER_TOKEN)"
+    )
+    parser.add_argument("--anonymous", action="store_true", help="serve other than loopback addresses without a token")
+    parser.add_argument("--no-access-log", action="store_true", help="write no line for each request to stderr")
+    parser.add_argument(
+        "--force", action="store_true", help="with initialise-database: drop the users in the table, for good"
+    )
+    parser.add_argument("--version", action="version", version=f"profiler {__version__}")
+    return parser
+
+
 def _address(text: str) -> str:
     try:
-        return str(socket.getaddrinfo(text.encode() or None, 0, type=socket.SOCK_STREAM)[0][4][0])
+        return str(socket.getaddrinfo(text.encode(), 0, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ValueError(f"{text!r} is no address: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{text!r}, from the flag or PROFILER_HOST: {error.strerror}") from None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def _port(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > MAX_PORT:
-        raise ValueError(f"{text!r} is no port: name one from 0 to {MAX_PORT}")
+        message = f"{text!r}, from the flag, PROFILER_PORT or PORT, is no number from 0 to {MAX_PORT}"
+        raise argparse.ArgumentTypeError(message)
     return int(text)
 
 
@@ -1219,107 +1232,50 @@ def _workers(text: str) -> int:
     if text == "auto":
         return _cores() if hasattr(os, "fork") else 1
     if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WORKERS:
-        raise ValueError(f"{text!r} is no number of workers: name one from 1 to {MAX_WORKERS}, or auto")
+        message = f"{text!r}, from the flag or PROFILER_WORKERS, is neither auto nor a number from 1 to {MAX_WORKERS}"
+        raise argparse.ArgumentTypeError(message)
     if int(text) > 1 and not hasattr(os, "fork"):
-        raise ValueError("this system has no fork: 1 is all it can have")
+        raise argparse.ArgumentTypeError(f"{text!r}: without a fork, this system can have no more than 1")
     return int(text)
 
 
-# By flag: the environment's variables, first come first served; the default; what reads the text; the help.
-_SETTINGS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any], str]] = {
-    "host": (("PROFILER_HOST",), HOST, _address, "the address to serve on"),
-    "port": (("PROFILER_PORT", "PORT"), PORT, _port, "the port to serve on; 0: any free one"),
-    "workers": (("PROFILER_WORKERS",), WORKERS, _workers, "how many processes; auto: one for each core"),
-}
+def _read_token(path: str | None) -> str | None:
+    """Return the token in a file, if there is one. Raise OSError, ValueError."""
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
-    parser = _make_parser()
-    arguments = parser.parse_args(argv)
+def _initialise_database(app: Application, force: bool) -> int:
     try:
-        app = create_app(arguments.database, token=_read_token(arguments.token_file))
-        _settle(arguments)
-        if app.token is None and not arguments.anonymous and not arguments.host.startswith(("127.", "::1")):
-            raise ValueError(f"--host {arguments.host}: everybody may come in: set a token, or say --anonymous")
-    except ValueError as error:
-        parser.error(str(error))
-    if not hasattr(hashlib, "pbkdf2_hmac"):
-        return _fail("this Python was built without OpenSSL, and so without hashlib.pbkdf2_hmac: take another")
-    try:
-        with contextlib.closing(app):
-            if arguments.command == "initialise-database":
-                app.users.initialise(arguments.force)
-                print("Successfully created database schema.")
-            else:
-                _run_server(app, arguments)
+        app.users.initialise(force)
     except TableInUse as error:
         return _fail(f"the table holds {error} users: --force drops them, for good")
-    except sqlite3.Error as error:
-        return _fail(f"{app.users.database.path}: {error}: name a file in a folder that exists, with --database")
-    except OSError as error:
-        return _fail(f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host")
-    except KeyboardInterrupt:  # before there was anything to stop
-        return 128 + signal.SIGINT
+    print("Successfully created database schema.")
     return 0
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="profiler", description="User accounts over HTTP, on one SQLite file.")
-    parser.add_argument("--version", action="version", version=f"profiler {__version__}")
-    for name, (variables, default, _, text) in _SETTINGS.items():
-        parser.add_argument(f"--{name}", help=f"{text} (default: {' or '.join(variables)}, else {default})")
-    parser.add_argument(
-        "--token-file", metavar="PATH", help="a file that holds the token to ask for (default: PROFILER_TOKEN)"
-    )
-    parser.add_argument("--anonymous", action="store_true", help="serve other than loopback addresses without a token")
-    parser.add_argument("--no-access-log", action="store_true", help="write no line for each request to stderr")
-    database_help = f"the SQLite file (default: PROFILER_DATABASE, else {DATABASE})"
-    parser.add_argument("--database", metavar="PATH", help=database_help)
-    commands = parser.add_subparsers(dest="command", metavar="initialise-database", help="make the table, and end")
-    initialise = commands.add_parser("initialise-database", description="Make the table of users, and end.")
-    initialise.add_argument("--database", metavar="PATH", help=database_help, default=argparse.SUPPRESS)
-    initialise.add_argument("--force", action="store_true", help="drop the users that the table holds, for good")
-    return parser
-
-
-def _read_token(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--token-file {path}: {error}") from None
-
-
-def _settle(arguments: argparse.Namespace) -> None:
-    """Read each setting from its flag, else the environment, else the default. Raise ValueError with the name of it."""
-    for name, (variables, default, read, _) in _SETTINGS.items():
-        source, text = f"--{name}", getattr(arguments, name)
-        if text is None:
-            source, text = next(((v, os.environ[v]) for v in variables if os.environ.get(v)), (name, default))
-        try:
-            setattr(arguments, name, read(text))
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-
-
-def _run_server(app: Application, arguments: argparse.Namespace) -> None:
+def _run_server(app: Application, arguments: argparse.Namespace) -> int:
     """Serve until a signal, in this process or by workers."""
+    app.users.database.read("PRAGMA cache_size = 0")  # what is read to count the users is not needed again
     count = app.users.count()  # a database that cannot be used is told now
-    app.close()  # nothing of it may be inherited by workers
+    app.close()  # before there are workers
     app.users.hashers = threading.BoundedSemaphore(max(1, _cores() // arguments.workers))
-    with Server(arguments.host, arguments.port, app, access_log=not arguments.no_access_log) as server:
+    try:
+        server = Server(arguments.host, arguments.port, app, access_log=not arguments.no_access_log)
+    except OSError as error:
+        return _fail(f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host")
+    with server:
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"http://{host}:{server.server_port}/users/")
-        print(
-            f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.", flush=True
-        )
+        print(f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.")
+        sys.stdout.flush()
         if arguments.workers == 1:
             serve(server)
         else:
             supervise(server, arguments.workers)
+    return 0
 
 
 def _fail(message: str) -> int:

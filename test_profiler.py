@@ -1473,7 +1473,7 @@ def test_a_client_that_does_not_read_is_dropped(server, path):
         connection.sendall(GET * 20)
         assert connection.recv(1) == b"H"
         with server._closed:
-            assert server._closed.wait_for(lambda: not server.answering, 10)
+            assert server._closed.wait_for(lambda: not server.connections, 10)
         with contextlib.suppress(ConnectionResetError):
             assert receive(connection).count(b"\r\n0\r\n\r\n") < 20
 
@@ -1500,7 +1500,7 @@ def test_a_client_that_resets_the_connection_makes_no_noise(server, path, capsys
             connection.recv(10)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with server._closed:
-        assert server._closed.wait_for(lambda: not server.answering, 10)
+        assert server._closed.wait_for(lambda: not server.connections, 10)
     assert capsys.readouterr().err == ""
 
 
@@ -1516,7 +1516,7 @@ def test_a_connection_too_many_is_told_503(server):
         assert b"\r\nRetry-After: 1\r\n" in received
         first.close()
         with server._closed:
-            assert server._closed.wait_for(lambda: len(server.answering) < 2, 10)
+            assert server._closed.wait_for(lambda: len(server.connections) < 2, 10)
         with connected(server) as third:
             third.sendall(GET)
             assert answer(third)[0] == 200
@@ -1600,7 +1600,7 @@ def test_draining_ends_in_time(server, monkeypatch):
         assert started.wait(10)
         server.shutdown()
         server.drain()
-        assert server.answering
+        assert server.connections
         go_on.set()
         receive(connection)
 
@@ -1775,17 +1775,19 @@ def test_settings_are_flags_over_environment_over_defaults(tmp_path):
         (["--port", "65536"], {}, "--port: '65536'"),
         (["--port", "-1"], {}, "--port"),
         (["--port", "\u0663"], {}, "--port"),
-        ([], {"PROFILER_PORT": "http"}, "PROFILER_PORT: 'http'"),
-        ([], {"PORT": "http"}, "PORT: 'http'"),
+        ([], {"PROFILER_PORT": "http"}, "'http', from the flag, PROFILER_PORT or PORT,"),
+        ([], {"PORT": "http"}, "'http', from the flag, PROFILER_PORT or PORT,"),
         (["--workers", "0"], {}, "--workers: '0'"),
-        ([], {"PROFILER_WORKERS": "many"}, "PROFILER_WORKERS: 'many'"),
+        ([], {"PROFILER_WORKERS": "many"}, "'many', from the flag or PROFILER_WORKERS,"),
         (["--host", "no.such.host.invalid"], {}, "--host: 'no.such.host.invalid'"),
         (["--database", ":memory:"], {}, "must be a file"),
-        (["--token-file", "missing"], {}, "--token-file missing: "),
+        (["--token-file", "missing"], {}, "'missing'"),
         ([], {"PROFILER_TOKEN": "short"}, "token must be at least 16"),
         (["--host", "0.0.0.0"], {}, "--anonymous"),
         (["--host", "::"], {}, "--anonymous"),
+        (["--host", ""], {}, "--host"),
         (["--frobnicate"], {}, "--frobnicate"),
+        (["--force"], {}, "initialise-database"),
     ],
 )
 def test_a_bad_value_is_exit_2_and_a_line_that_names_it(tmp_path, arguments, environ, named):

@@ -1,0 +1,471 @@
+"""Measure profiler beside its peers, in one run, on databases filled here; write RESULTS.md and results.svg.
+
+    python -m pip install -r bench/requirements.txt
+    python bench/run.py [--quick]
+
+Every figure is a median of rounds in which all candidates take turns. HTTP loads need wrk.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import http.client
+import io
+import json
+import os
+import pathlib
+import platform
+import random
+import re
+import shutil
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from wsgiref.util import setup_testing_defaults
+
+import matplotlib
+import psutil
+import tabulate
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import profiler  # noqa: E402
+
+FILL = """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+INSERT INTO user (first_name, last_name, email, password)
+SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com', 'pbkdf2:sha256:600000$' || hex(zeroblob(32)) FROM n"""
+TUTORIAL = profiler.read_schema().replace(" COLLATE NOCASE", "")  # the tutorial's table, in its rollback-journal file
+COLOURS = {"profiler": "#2a6f97", "other": "#a9b4c2"}
+
+
+# -- databases and servers ---------------------------------------------------------------------------------------------
+
+
+def fill(folder, name, count, schema=None):
+    """Make a database of so many users and return its path: profiler's, or one with another schema."""
+    path = str(folder / f"{name}-{count}.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        if schema is None:
+            connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(schema or profiler.read_schema())
+        connection.execute(FILL, (count,))
+    return path
+
+
+@contextlib.contextmanager
+def serving(command, database, path="/users/1/"):
+    """Run a server on a free port, given to the command as PORT; yield its process and port once it answers."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port = probe.getsockname()[1]
+    command = [str(part).replace("PORT", str(port)) for part in command]
+    environ = {**os.environ, "PROFILER_DATABASE": database, "PEER_DATABASE": database, "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError):
+                ask(port, "GET", path)
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no answer from {' '.join(command)}")
+            time.sleep(0.05)
+        yield process, port
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def ask(port, method, path, fields=None):
+    """Send one request; return the status."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json"} if fields else {}
+        connection.request(method, path, json.dumps(fields) if fields else None, headers)
+        response = connection.getresponse()
+        response.read()
+        return response.status
+
+
+def python(*arguments):
+    return [sys.executable, *arguments]
+
+
+def profiler_server(*arguments):
+    return python(HERE.parent / "profiler.py", "--port", "PORT", "--no-access-log", *arguments)
+
+
+# -- in process --------------------------------------------------------------------------------------------------------
+
+
+def request(method, path, fields=None):
+    """Return what makes the environ of a request, each time anew."""
+    body = json.dumps(fields).encode() if fields else b""
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.errors": sys.stderr}
+    environ.update({"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body))} if body else {})
+    setup_testing_defaults(environ)
+    return environ, body
+
+
+def call(app, template):
+    """Call a WSGI application and consume its answer; return the number of bytes."""
+    environ, body = template
+    environ = {**environ, "wsgi.input": io.BytesIO(body)}
+    result = app(environ, lambda status, headers, exc_info=None: None)
+    size = sum(map(len, result))
+    if hasattr(result, "close"):
+        result.close()
+    return size
+
+
+def in_turns(candidates, templates, rounds):
+    """Return for each candidate the median seconds of a call, over rounds of all templates, taken in turns."""
+    seconds = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, app in candidates.items():
+            chosen = templates(number)
+            started = time.perf_counter()
+            for template in chosen:
+                call(app, template)
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - started) / len(chosen))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def gets(users, count):
+    return lambda _: [request("GET", f"/users/{random.randint(1, users)}/") for _ in range(count)]
+
+
+def puts(users, count):
+    def templates(number):
+        ids = random.sample(range(1, users + 1), count)
+        return [
+            request("PUT", f"/users/{i}/", {"first_name": f"F{number}", "last_name": "L", "email": f"{number}.{i}@b.c"})
+            for i in ids
+        ]
+
+    return templates
+
+
+def peers(folder, count):
+    """Return the applications that are compared in process, each on a database of its own."""
+    os.environ["PEER_DATABASE"] = fill(folder, "peer", count, TUTORIAL)
+    import floor
+    import peer_bottle
+    import peer_falcon
+    import peer_flask
+
+    return {
+        "profiler": profiler.create_app(fill(folder, "own", count)),
+        "floor": floor.make_app(),
+        "Falcon": peer_falcon.app,
+        "Bottle": peer_bottle.app,
+        "Flask": peer_flask.app,
+    }
+
+
+def measure_in_process(folder, quick):
+    """One user, the whole list, one update: seconds by candidate."""
+    count = 100_000
+    apps = peers(folder, count)
+    say("one user, in process")
+    one = in_turns(apps, gets(count, 200 if quick else 2000), 5 if quick else 21)
+    apps.pop("floor")
+    say("the whole list, in process")
+    whole = in_turns(apps, lambda _: [request("GET", "/users/")], 3 if quick else 9)
+    say("one update, in process")
+    update = in_turns(apps, puts(count, 20 if quick else 200), 3 if quick else 9)
+    apps["profiler"].close()
+    yield f"One user of {count:,}, in process", "µs", 1e6, one
+    yield f"{count:,} users listed, in process, to the last byte", "ms", 1e3, whole
+    yield "One update, committed", "µs", 1e6, update
+
+
+def measure_growth(folder, quick):
+    """What one user, one page and one update cost, at a thousand and at many users."""
+    many = 100_000 if quick else 1_000_000
+    apps = {f"{count:,} users": profiler.create_app(fill(folder, "growth", count)) for count in (1_000, many)}
+    rounds = 5 if quick else 15
+    works = {
+        "one user": lambda users: gets(users, 2000),
+        "one page of 100": lambda users: (
+            lambda _: [
+                (
+                    dict(
+                        request("GET", "/users/")[0], QUERY_STRING=f"limit=100&after={random.randint(0, users - 101)}"
+                    ),
+                    b"",
+                )
+                for _ in range(50)
+            ]
+        ),
+        "one update": lambda users: puts(users, 200),
+    }
+    rows = []
+    for work, templates in works.items():
+        say(f"growth: {work}")
+        seconds = {name: [] for name in apps}
+        for number in range(rounds):
+            for name, app in apps.items():
+                users = int(name.split()[0].replace(",", ""))
+                chosen = templates(users)(number)
+                started = time.perf_counter()
+                for template in chosen:
+                    call(app, template)
+                seconds[name].append((time.perf_counter() - started) / len(chosen) * 1e6)
+        small, large = (statistics.median(values) for values in seconds.values())
+        rows.append([work, f"{small:.1f}", f"{large:.1f}", f"{large / small:.2f}"])
+    for app in apps.values():
+        app.close()
+    return [*(f"µs at {name}" for name in apps), "ratio"], rows
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+
+def requests_per_second(port, path, seconds):
+    output = subprocess.run(
+        ["wrk", "-t1", "-c16", f"-d{seconds}", f"http://127.0.0.1:{port}{path}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    if "Non-2xx" in output:
+        raise RuntimeError(output)
+    return float(re.search(r"Requests/sec:\s+([0-9.]+)", output)[1])
+
+
+def measure_http(folder, quick):
+    """Requests a second for one user, 16 connections, by server."""
+    own, peer = fill(folder, "http", 100_000), fill(folder, "http-peer", 100_000, TUTORIAL)
+    flask = "peer_flask:app"
+    granian = python("-m", "granian", "--interface", "wsgi", "--port", "PORT", "--no-ws", "--workers", "1")
+    servers = {
+        "profiler": (profiler_server(), own),
+        "profiler, 2 workers": (profiler_server("--workers", "2"), own),
+        "Flask, flask run": (python("-m", "flask", "--app", flask, "run", "--port", "PORT"), peer),
+        "Flask, waitress": (python("-m", "waitress", "--port=PORT", flask), peer),
+        "Flask, gunicorn -w2 --threads 4": (
+            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", flask),
+            peer,
+        ),
+        "profiler, granian": ([*granian, "profiler:application"], own),
+        "hello, granian": ([*granian, "floor:hello"], own),
+    }
+    rates = {name: [] for name in servers}
+    for _ in range(1 if quick else 3):
+        for name, (command, database) in servers.items():
+            say(f"wrk: {name}")
+            with serving(command, database) as (_, port):
+                requests_per_second(port, "/users/4711/", 1)
+                rates[name].append(requests_per_second(port, "/users/4711/", 2 if quick else 6))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def measure_creation(folder, quick):
+    """Users created by 8 clients, as a share of what the cores can hash, and what a GET waits beside them."""
+    cores = len(os.sched_getaffinity(0))
+    seconds = 5 if quick else 15
+
+    def hashes_per_second():
+        say("hashes of all cores")
+        with ThreadPoolExecutor(cores) as threads:
+            started = time.perf_counter()
+            count = cores * (8 if quick else 32)
+            list(
+                threads.map(
+                    lambda _: hashlib.pbkdf2_hmac("sha256", b"1234", b"salt", profiler.ITERATIONS), range(count)
+                )
+            )
+            return count / (time.perf_counter() - started)
+
+    before = hashes_per_second()
+    say("users created by 8 clients")
+    with serving(profiler_server(), fill(folder, "creation", 1_000)) as (_, port):
+        end = time.perf_counter() + seconds
+        waits, stop = [], threading.Event()
+
+        def create(client):
+            count = 0
+            while time.perf_counter() < end:
+                fields = {"first_name": "A", "last_name": "B", "email": f"{client}.{count}@b.c", "password": "1234"}
+                if ask(port, "POST", "/users/", fields) != 201:
+                    raise RuntimeError("a user was not created")
+                count += 1
+            return count
+
+        def get():
+            while not stop.is_set():
+                started = time.perf_counter()
+                ask(port, "GET", "/users/1/")
+                waits.append(time.perf_counter() - started)
+                time.sleep(0.01)
+
+        watcher = threading.Thread(target=get)
+        watcher.start()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(8) as clients:
+            created = sum(clients.map(create, range(8)))
+        rate = created / (time.perf_counter() - started)
+        stop.set()
+        watcher.join()
+    possible = (before + hashes_per_second()) / 2
+    p99 = statistics.quantiles(waits, n=100)[98] * 1e3
+    return [
+        [
+            "users created a second, 8 clients",
+            f"{rate:.1f}",
+            f"{rate / possible:.2f} of the {possible:.1f} hashes a second of {cores} cores",
+        ],
+        ["a GET beside them, 99 of 100", f"{p99:.0f} ms", f"{len(waits)} requests"],
+    ]
+
+
+# -- a million users, memory, import -----------------------------------------------------------------------------------
+
+
+def measure_million(folder, quick):
+    """The first byte, the memory, and the write-ahead log behind a reader that stalls."""
+    count = 200_000 if quick else 1_000_000
+    path = fill(folder, "million", count)
+    with serving(profiler_server(), path) as (process, port):
+        memory = psutil.Process(process.pid).memory_info
+        idle = memory().rss
+        firsts, most = [], 0
+        for _ in range(3):
+            say(f"{count:,} users listed")
+            with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as connection:
+                started = time.perf_counter()
+                connection.sendall(b"GET /users/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                connection.recv(1)
+                firsts.append(time.perf_counter() - started)
+                while connection.recv(1 << 20):
+                    most = max(most, memory().rss)
+        say("6,000 updates behind a stalled reader")
+        with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as connection:
+            connection.sendall(b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.recv(1 << 16)
+            app = profiler.create_app(path)
+            log = 0
+            for template in puts(count, 600 if quick else 6000)(0):
+                call(app, template)
+                log = max(log, os.path.getsize(f"{path}-wal"))
+            app.close()
+    return [
+        [f"first byte of {count:,} users", f"{statistics.median(firsts) * 1e3:.1f} ms"],
+        ["memory beyond idle, while they are listed", f"{(most - idle) / 2**20:.1f} MB"],
+        ["largest write-ahead log while a reader stalls", f"{log / 2**20:.1f} MB"],
+    ]
+
+
+def measure_start(folder, quick):
+    """Idle memory of the server, and seconds to import."""
+    say("memory and import")
+    with serving(profiler_server(), fill(folder, "idle", 100_000)) as (process, _):
+        idle = psutil.Process(process.pid).memory_info().rss / 2**20
+
+    def seconds(module, folder):
+        program = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+        values = []
+        for _ in range(3 if quick else 15):
+            output = subprocess.run(
+                python("-c", program), cwd=folder, capture_output=True, text=True, check=True
+            ).stdout
+            values.append(float(output))
+        return statistics.median(values)
+
+    own, flask = seconds("profiler", HERE.parent), seconds("peer_flask", HERE)
+    return [
+        ["idle memory of `python profiler.py`", f"{idle:.1f} MB", ""],
+        ["import", f"{own * 1e3:.0f} ms", f"{own / flask:.2f} of the Flask service's {flask * 1e3:.0f} ms"],
+    ]
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def say(text):
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def table(headers, rows):
+    return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def draw(charts, path):
+    """Draw a panel of bars for each chart: (title, values by name)."""
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "profiler"
+    import matplotlib.pyplot as plot
+
+    figure, axes = plot.subplots(
+        len(charts),
+        1,
+        figsize=(8, 1 + sum(0.45 + 0.3 * len(v) for _, v in charts)),
+        height_ratios=[len(v) for _, v in charts],
+    )
+    for axis, (title, values) in zip(axes, charts):
+        names = list(values)[::-1]
+        colours = [COLOURS["profiler" if name.startswith("profiler") else "other"] for name in names]
+        bars = axis.barh(names, [values[name] for name in names], color=colours)
+        axis.bar_label(bars, fmt="{:,.1f}", padding=3)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.margins(x=0.12)
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure profiler beside its peers.")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute's look: fewer rounds; RESULTS.md and results.svg stay"
+    )
+    quick = parser.parse_args().quick
+    report, charts = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for title, unit, scale, seconds in measure_in_process(folder, quick):
+            rows = [[who, f"{s * scale:.1f}", f"{s / seconds['profiler']:.2f}"] for who, s in seconds.items()]
+            report.append(f"## {title}\n\n" + table(["", unit, "times profiler's"], rows))
+            charts.append((f"{title} ({unit}, less is better)", {who: s * scale for who, s in seconds.items()}))
+        if shutil.which("wrk"):
+            rates = measure_http(folder, quick)
+            rows = [[who, f"{rate:,.0f}", f"{rates['profiler'] / rate:.2f}"] for who, rate in rates.items()]
+            report.append(
+                "## One user over HTTP, 16 connections\n\n"
+                + table(["", "requests a second", "profiler's rate to this"], rows)
+            )
+            charts.append(("One user over HTTP (requests a second, more is better)", rates))
+        else:
+            report.append("## One user over HTTP\n\nSkipped: wrk is not installed (apt-get install wrk).\n")
+        report.append("## Creation\n\n" + table(["", "", ""], measure_creation(folder, quick)))
+        report.append("## Growth\n\n" + table(["", *(growth := measure_growth(folder, quick))[0]], growth[1]))
+        report.append("## A million users\n\n" + table(["", ""], measure_million(folder, quick)))
+        report.append("## Start\n\n" + table(["", "", ""], measure_start(folder, quick)))
+    packages = ", ".join(
+        f"{package} {version(package)}" for package in ("flask", "bottle", "falcon", "gunicorn", "waitress", "granian")
+    )
+    head = (
+        f"# Results\n\nMade by `python bench/run.py{' --quick' if quick else ''}` on {datetime.date.today()}: "
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
+        f"SQLite {sqlite3.sqlite_version}, {packages}.\n"
+    )
+    text = "\n".join([head, *report])
+    print(text)
+    if not quick:
+        (HERE / "RESULTS.md").write_text(text)
+        draw(charts, HERE / "results.svg")
+
+
+if __name__ == "__main__":
+    main()
