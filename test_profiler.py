@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -198,7 +199,8 @@ def test_a_password_that_is_no_unicode_is_nobodys():
 def test_importing_opens_and_reads_nothing(tmp_path):
     program = (
         "import sys; opened = []\n"
-        "sys.addaudithook(lambda event, args: opened.append(args[0]) if event in ('open', 'sqlite3.connect') else None)\n"
+        "watched = ('open', 'sqlite3.connect')\n"
+        "sys.addaudithook(lambda event, args: opened.append(args[0]) if event in watched else None)\n"
         "import profiler\n"
         "print([name for name in opened if str(name).endswith(('sqlite3', '.sql'))])"
     )
@@ -1009,6 +1011,19 @@ def test_link_carries_the_mount_point(application, path):
     assert headers["Link"] == '</api/users/?limit=1&after=1>; rel="next"'
 
 
+def test_link_carries_the_email(client, path):
+    """In a file that the tutorial's service made two users may have it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(TUTORIAL_SCHEMA)
+    for email in ("a+b@example.com", "A+B@example.com", "other@example.com"):
+        execute(path, "INSERT INTO user (first_name, last_name, email, password) VALUES ('H', 'P', ?, 'x')", (email,))
+    link = client.get("/users/?email=a%2Bb@example.com&limit=1").headers["Link"]
+    assert link == '</users/?limit=1&after=1&email=a%2Bb%40example.com>; rel="next"'
+    answer = client.get(link[1 : link.index(">")])
+    assert [user["id"] for user in answer.json] == [2]
+    assert "Link" not in answer.headers
+
+
 @pytest.mark.parametrize("email", ["user7@example.com", "USER7@Example.com", "user7%40example.com"])
 def test_email_gives_the_one_who_has_it(pages, email):
     assert [user["id"] for user in pages.get(f"/users/?email={email}").json] == [7]
@@ -1150,12 +1165,20 @@ def test_create_app_refuses_impossible_iterations(path, iterations):
 
 
 def test_it_runs_as_a_cgi_program(tmp_path):
-    program = "from wsgiref.handlers import CGIHandler; from profiler import application; CGIHandler().run(application)"
+    program = "from wsgiref.handlers import CGIHandler; from profiler import app; CGIHandler().run(app)"
     environ = {
-        **os.environ, "PYTHONPATH": str(HERE), "REQUEST_METHOD": "POST", "PATH_INFO": "/users/", "SCRIPT_NAME": "/cgi-bin/users",
-        "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(BODY)), "SERVER_NAME": "localhost", "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": "HTTP/1.1", "GATEWAY_INTERFACE": "CGI/1.1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": "/users/",
+        "SCRIPT_NAME": "/cgi-bin/users",
+        "CONTENT_TYPE": "application/json",
+        "CONTENT_LENGTH": str(len(BODY)),
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "GATEWAY_INTERFACE": "CGI/1.1",
+    }
     output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, input=BODY, capture_output=True)
     head, _, body = output.stdout.partition(b"\r\n\r\n")
     assert head.startswith(b"Status: 201 Created")
@@ -1565,7 +1588,7 @@ def test_the_access_log_is_in_common_log_format_with_nothing_to_control_a_termin
         server.drain()
     first, second, third = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 2', first
+        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 2', first
     )
     assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
     assert '"GET /\\x1b[2J HTTP/1.1" 400' in third
@@ -1589,6 +1612,24 @@ def test_draining_answers_what_is_in_flight_and_closes_what_is_idle(server, monk
     drain.join()
     assert received.startswith(b"HTTP/1.1 201 ")
     assert b"\r\nConnection: close\r\n" in received
+
+
+def test_draining_does_not_wait_for_a_connection_whose_response_had_begun(server, path):
+    """Its head could not say that it would be the last."""
+    fill(path, 100 * profiler.BATCH)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    with connected(server) as connection:
+        connection.sendall(GET)
+        received = connection.recv(1)
+        server.shutdown()
+        drain = threading.Thread(target=server.drain)
+        drain.start()
+        until(lambda: server.draining)
+        received += receive(connection)
+    drain.join(profiler.LINGER_TIMEOUT)
+    assert not drain.is_alive()
+    assert b"\r\nConnection: close\r\n" not in received
+    assert received.endswith(b"\r\n0\r\n\r\n")
 
 
 def test_draining_ends_in_time(server, monkeypatch):
@@ -1674,13 +1715,15 @@ def test_a_bad_environment_lets_nobody_in(tmp_path):
         "environ = {'PATH_INFO': '/users/'}\n"
         "setup_testing_defaults(environ)\n"
         "environ['wsgi.errors'] = errors = io.StringIO()\n"
-        "print(profiler.application(environ, lambda status, headers: print(status)), 'token must be' in errors.getvalue())"
+        "print(profiler.application(environ, lambda status, headers: print(status)))\n"
+        "print('token must be' in errors.getvalue())"
     )
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_TOKEN": "short"}
     output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
     assert output.stdout.splitlines() == [
         "500 Internal Server Error",
-        """[b'{"error": "Internal server error"}'] True""",
+        """[b'{"error": "Internal server error"}']""",
+        "True",
     ]
 
 
@@ -1882,6 +1925,19 @@ def test_initialise_database_of_an_empty_table_forgets_no_ids(tmp_path):
     assert execute(tmp_path / "db.sqlite3", 'SELECT id FROM "user"') == [(4,)]
 
 
+def test_initialise_database_minds_no_setting_of_the_server(tmp_path):
+    assert run(tmp_path, "initialise-database", PROFILER_HOST="0.0.0.0")[0] == 0
+
+
+def test_without_the_schema_it_says_so(tmp_path):
+    with Command(tmp_path, "--port", "0") as command:
+        command.end(signal.SIGKILL)
+    (tmp_path / "schema.sql").unlink()
+    output = subprocess.run([sys.executable, "profiler.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (output.returncode, output.stderr.count("\n")) == (1, 1)
+    assert "schema.sql" in output.stderr
+
+
 def children(pid):
     return {int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
@@ -1936,3 +1992,47 @@ def alive(pid):
     with contextlib.suppress(FileNotFoundError):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+# -- documentation -------------------------------------------------------------
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_session_in_the_readme_is_what_happens(tmp_path):
+    session = README.split("## A session")[1].split("```console\n")[1].split("```")[0]
+    steps = [step.split("\n", 1) for step in session.split("$ ")[1:]]
+    assert len(steps) == 7
+
+    def comparable(text):
+        return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|Date: .*", "TIME", text.replace("\r", "")).strip()
+
+    with Command(tmp_path, "--port", "0") as command:
+        address = "{}:{}".format(*command.address())
+        for line, expected in steps:
+            arguments = shlex.split(line.replace("127.0.0.1:5000", address))
+            output = subprocess.run([*arguments, "--silent"], capture_output=True, text=True).stdout
+            assert comparable(output) == comparable(expected)
+
+
+def test_the_readme_names_every_flag_and_variable(tmp_path):
+    _, output, _ = run(tmp_path, "--help")
+    names = set(re.findall(r"--[a-z-]+[a-z]|PROFILER_[A-Z]+", output)) - {"--help", "--version"}
+    assert len(names) == 13
+    assert not {name for name in names if f"`{name}`" not in README}
+
+
+def test_the_readme_tells_the_limits_that_the_module_has():
+    for limit in (
+        f"of 1 to {profiler.MAX_LIMIT} users",
+        f"over {profiler.MAX_BODY // 1024} KiB",
+        f"at most {profiler.MAX_EMAIL} characters",
+    ):
+        assert limit in " ".join(README.split())
+    assert f"at least {profiler.MIN_TOKEN} characters" in README
+    assert f"profiler/{profiler.__version__}" in README
+
+
+def test_the_changelog_tells_of_this_version():
+    assert f"\n## {profiler.__version__}\n" in (HERE / "CHANGELOG.md").read_text("utf-8")
