@@ -69,6 +69,7 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_ID_DIGITS = len(str(MAX_ID))
 
+MIN_DATABASE = 512  # bytes: SQLite's smallest page
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for the database's lock: the default of sqlite3.connect
 HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
 RETRY_AFTER = 1  # seconds, told to whom either wait was too long
@@ -80,6 +81,7 @@ MIN_TOKEN = 16  # characters
 
 # Of the server; seconds, unless they say otherwise.
 MAX_CONNECTIONS = 1000  # a thread each
+MAX_REFUSALS = 50  # connections past that number, which are told 503
 MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_FIELDS = 100  # of a head: Apache's, and http.client's
@@ -146,6 +148,12 @@ def _digest(method: str, salt: str, password: str) -> str:
 # the bytes that are stored, for it is on its way into a response.
 
 
+# Result codes (sqlite.org/rescode.html), which Python names from 3.11 on.
+SQLITE_BUSY, SQLITE_LOCKED, SQLITE_READONLY, SQLITE_IOERR = 5, 6, 8, 10
+SQLITE_FULL, SQLITE_CANTOPEN, SQLITE_PROTOCOL = 13, 14, 15
+_UNSHARED = (SQLITE_READONLY, SQLITE_IOERR, SQLITE_CANTOPEN)
+
+
 class Busy(Exception):
     """The service is at its limit for now: the same request may well succeed in a moment."""
 
@@ -178,17 +186,19 @@ class Database:
         self._readers, self._writers = _Seats(), _Seats()
 
     def read(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a SELECT; no lock and no snapshot outlives the call. Raise sqlite3.Error."""
+        """Return all rows of a SELECT; no lock and no snapshot outlives the call. Raise Busy, sqlite3.Error."""
         seat = self._readers[os.getpid()]
-        with seat.lock:
+        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy("others are reading the database")
+        try:
             if seat.connection is None:
                 try:
                     seat.connection = self._connect()
-                except sqlite3.OperationalError:
-                    if not self._is_whole():
-                        raise
-                    return self._read_immutable(statement, parameters)
+                except sqlite3.OperationalError as error:
+                    return self._read_immutable(statement, parameters, error)
             return seat.connection.execute(statement, parameters).fetchall()
+        finally:
+            seat.lock.release()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -224,11 +234,15 @@ class Database:
         # Under a lock, because to close a file drops the POSIX locks that this process's connections hold on it.
         with self._creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        with contextlib.suppress(FileNotFoundError):
+            if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # of which SQLite would make one
+                raise sqlite3.DatabaseError("file is not a database")
+        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             connection.text_factory = bytes
             with contextlib.suppress(sqlite3.OperationalError):  # a read-only place, or others at work: as it is, then
                 connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
             connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
             connection.executescript(read_schema())
         except BaseException:
@@ -236,19 +250,22 @@ class Database:
             raise
         return connection
 
-    def _is_whole(self) -> bool:
-        """Tell whether the file alone holds all that was committed: neither log nor journal beside it has more."""
-        return os.path.isfile(self.path) and not any(
-            os.path.isfile(self.path + suffix) and os.path.getsize(self.path + suffix)
-            for suffix in ("-wal", "-journal")
-        )
+    def _read_immutable(self, statement: str, parameters: Sequence[Any], error: sqlite3.OperationalError) -> list[Any]:
+        """Read where WAL mode's shared memory cannot be made: on a read-only place, a full disk. Else raise the error.
 
-    def _read_immutable(self, statement: str, parameters: Sequence[Any]) -> list[Any]:
-        """Read where the shared memory of WAL mode cannot be made: on a read-only place, on a full disk."""
+        The file alone must hold all that was committed: a log or a journal beside it would have more.
+        """
+        code = getattr(error, "sqlite_errorcode", SQLITE_CANTOPEN) & 0xFF
+        beside = (self.path + "-wal", self.path + "-journal")
+        if code not in _UNSHARED or any(os.path.isfile(path) and os.path.getsize(path) for path in beside):
+            raise error
         uri = "file:///" + quote(self.path.replace(os.sep, "/").lstrip("/")) + "?immutable=1"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.text_factory = bytes
-            return connection.execute(statement, parameters).fetchall()
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+                connection.text_factory = bytes
+                return connection.execute(statement, parameters).fetchall()
+        except sqlite3.Error:
+            raise error from None
 
 
 def read_schema() -> str:
@@ -269,17 +286,18 @@ _COLUMNS = ("first_name", "last_name", "email", "created_on")  # public, in the 
 _JSON = "json_object('id', id, " + ", ".join(f"'{name}', CAST({name} AS TEXT)" for name in _COLUMNS) + ")"
 
 # A file that the tutorial's service made compares emails with case; asked like this it does not, but has to be scanned.
-_TAKEN = 'SELECT 1 FROM "user" AS other WHERE other.email = ? COLLATE NOCASE'
+# An email is asked for as it is given, too: such a file may hold it unfolded.
+_TAKEN = 'SELECT 1 FROM "user" AS other WHERE other.email COLLATE NOCASE IN (?, ?)'
 _CREATE = f"""INSERT INTO "user" (first_name, last_name, email, password)
 SELECT ?, ?, ?, ? WHERE NOT EXISTS ({_TAKEN})"""
 _LIST = f"""SELECT max(id), group_concat(user, ',')
 FROM (SELECT id, {_JSON} AS user FROM "user" WHERE id > ? ORDER BY id LIMIT ?)"""
 _PAGE = f'SELECT id, {_JSON} FROM "user" WHERE id > ? ORDER BY id LIMIT ?'
-_FIND = f'SELECT id, {_JSON} FROM "user" WHERE email = ? COLLATE NOCASE AND id > ? ORDER BY id LIMIT ?'
+_FIND = f'SELECT id, {_JSON} FROM "user" WHERE email COLLATE NOCASE IN (?, ?) AND id > ? ORDER BY id LIMIT ?'
 _GET = f'SELECT {_JSON} FROM "user" WHERE id = ?'
 _EXISTS = 'SELECT 1 FROM "user" WHERE id = ?'
 _UPDATE = f"""UPDATE "user" SET first_name = ?, last_name = ?, email = ?
-WHERE id = ? AND (email = ? COLLATE BINARY OR NOT EXISTS ({_TAKEN} AND other.id <> "user".id))"""
+WHERE id = ? AND (email COLLATE BINARY IN (?, ?) OR NOT EXISTS ({_TAKEN} AND other.id <> "user".id))"""
 _DELETE = 'DELETE FROM "user" WHERE id = ?'
 _COUNT = 'SELECT count(*) FROM "user"'
 _DROP = 'DROP TABLE "user"'
@@ -308,12 +326,12 @@ class Users:
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken; Busy, if no core is free to hash the password."""
-        email = _fold(email)
-        if self.database.read(_TAKEN, (email,)):  # before the costly part; the statement itself decides once more
+        emails = (email, _fold(email))
+        if self.database.read(_TAKEN, emails):  # before the costly part; the statement itself decides once more
             raise EmailTaken
         password_hash = self._hash(password)
         with self.database.transaction() as connection:
-            cursor = connection.execute(_CREATE, (first_name, last_name, email, password_hash, email))
+            cursor = connection.execute(_CREATE, (first_name, last_name, emails[1], password_hash, *emails))
             if cursor.rowcount == 0:
                 raise EmailTaken
             return cursor.lastrowid or 0
@@ -326,7 +344,7 @@ class Users:
                 return
             yield _utf8(users)
 
-    def page(self, limit: int, after: int = BEFORE_ALL, email: str | None = None) -> tuple[bytes, int | None]:
+    def page(self, limit: int, after: int = 0, email: str | None = None) -> tuple[bytes, int | None]:
         """Return the first users after an id, and the id after which there are more, or None.
 
         With an email, only the user who has it counts.
@@ -334,7 +352,7 @@ class Users:
         if email is None:
             rows = self.database.read(_PAGE, (after, limit + 1))
         else:
-            rows = self.database.read(_FIND, (_fold(email), after, limit + 1))
+            rows = self.database.read(_FIND, (email, _fold(email), after, limit + 1))
         last = rows[limit - 1][0] if len(rows) > limit else None
         return _utf8(b",".join(user for _, user in rows[:limit])), last
 
@@ -347,9 +365,9 @@ class Users:
 
     def update(self, user_id: int, first_name: str, last_name: str, email: str) -> None:
         """Give a user other names and another email. Raise NoSuchUser, EmailTaken."""
-        email = _fold(email)
+        emails = (email, _fold(email))
         with self.database.transaction() as connection:
-            parameters = (first_name, last_name, email, user_id, email, email)
+            parameters = (first_name, last_name, emails[1], user_id, *emails, *emails)
             if connection.execute(_UPDATE, parameters).rowcount == 0:
                 raise EmailTaken if connection.execute(_EXISTS, (user_id,)).fetchone() else NoSuchUser
 
@@ -383,8 +401,10 @@ class Users:
 
 
 def _fold(email: str) -> str:
-    """Return the email as it is stored: in lower case, if it has letters that SQLite's NOCASE does not fold."""
-    return email if email.isascii() else email.lower()
+    """Return the email as it is stored: SQLite's NOCASE folds ASCII's letters, so the others are folded here."""
+    if email.isascii():
+        return email
+    return "".join(next(form for form in (c.casefold(), c.lower(), c) if len(form) == 1) for c in email)
 
 
 def _utf8(text: bytes) -> bytes:
@@ -494,7 +514,7 @@ def _read(stream: InputStream, size: int) -> bytes:
             size -= len(chunk)
     except socket.timeout:
         raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive") from None
-    except OSError:
+    except Exception:  # servers raise errors of their own for a client that leaves or breaks its chunks
         raise HTTPError(HTTPStatus.BAD_REQUEST, "The body could not be read to its end") from None
     return b"".join(chunks)
 
@@ -544,10 +564,9 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
     email = query.get("email")
     if email is not None and (problem := _problem("email", email)):
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"email {problem}")
-    start = BEFORE_ALL if after is None else after
     if limit is None and email is None:
-        return _stream(users.list(start))
-    page, last = users.page(limit or MAX_LIMIT, start, email)
+        return _stream(users.list(BEFORE_ALL if after is None else after))
+    page, last = users.page(limit or MAX_LIMIT, after or 0, email)
     following = {"limit": limit or MAX_LIMIT, "after": last, **({"email": email} if email else {})}
     link = ("Link", f'<{_url(environ)}?{urlencode(following)}>; rel="next"')  # RFC 8288
     return _OK, b"[%b]" % page, () if last is None else (link,)
@@ -625,17 +644,16 @@ _ERRORS = {
         HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again", ("Retry-After", str(RETRY_AFTER))
     ),
 }
-# What may pass, or be mended, by SQLite's result code (sqlite.org/rescode.html). Any other code is somebody's mistake.
+# What may pass, or be mended. Any other code is somebody's mistake.
 _SQLITE_ERRORS = {
-    5: _ERRORS[Busy],  # SQLITE_BUSY
-    6: _ERRORS[Busy],  # SQLITE_LOCKED
-    8: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database is read-only"),  # SQLITE_READONLY
-    10: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database failed"),  # SQLITE_IOERR
-    13: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database is full"),  # SQLITE_FULL
-    14: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database cannot be opened"),  # SQLITE_CANTOPEN
-    15: _ERRORS[Busy],  # SQLITE_PROTOCOL
+    SQLITE_BUSY: _ERRORS[Busy],
+    SQLITE_LOCKED: _ERRORS[Busy],
+    SQLITE_PROTOCOL: _ERRORS[Busy],
+    SQLITE_READONLY: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database is read-only"),
+    SQLITE_IOERR: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database failed"),
+    SQLITE_FULL: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database is full"),
+    SQLITE_CANTOPEN: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database cannot be opened"),
 }
-_UNKNOWN_CODE = 5  # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
 _STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _JSON_HEADERS = (*_HEADERS, ("Content-Type", "application/json"))
@@ -744,7 +762,8 @@ def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return what to tell the client; write to wsgi.errors what to tell the operator."""
     answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error))
     if isinstance(error, sqlite3.OperationalError):
-        answer = _SQLITE_ERRORS.get(getattr(error, "sqlite_errorcode", _UNKNOWN_CODE) & 0xFF)
+        # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass.
+        answer = _SQLITE_ERRORS.get(getattr(error, "sqlite_errorcode", SQLITE_BUSY) & 0xFF)
     with contextlib.suppress(OSError):  # a log that cannot be written to
         if answer is None:
             traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
@@ -812,18 +831,23 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         if self.supervisor not in (None, os.getppid()):
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def get_request(self) -> Any:
+        """Accept a connection. Raise OSError: after a pause if the system is out of means, such as files to open."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                time.sleep(POLL_INTERVAL)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread of its own, or 503 if there are too many."""
+        """Give a connection a thread: also one too many, to be told so, as long as there are not many of those."""
         self.connections[request] = False
         try:
-            if len(self.connections) > self.max_connections:
-                raise RuntimeError
+            if len(self.connections) > self.max_connections + MAX_REFUSALS:
+                raise RuntimeError("too many connections even to be told")
             super().process_request(request, client_address)
         except RuntimeError:  # also threading's own, where the system has no more threads
-            request.setblocking(False)
-            with contextlib.suppress(OSError):
-                request.send(_error_message(_ERRORS[Busy]))
-                request.recv(MAX_HEAD)  # bytes left unread would take the answer back
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
@@ -861,10 +885,13 @@ class RequestHandler(WSGIRequestHandler):
         self.receiver = _Receiver(self.connection)
         self.stream = io.BufferedReader(self.receiver)
         self.close_connection = False
+        self.requestline = ""
 
     def handle(self) -> None:
         """Answer requests until either side wants no more."""
         with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
+            if len(self.server.connections) > self.server.max_connections:
+                self._refuse(_ERRORS[Busy])
             while not self.close_connection:
                 self.handle_one_request()
             self._linger()
@@ -905,10 +932,10 @@ class RequestHandler(WSGIRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Write a line in Common Log Format to stderr."""
         if self.server.access_log:
-            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
-            line = f'{self.client_address[0]} - - [{_clock(int(time.time()))[1]}] "{request}" {code} {size}\n'
             with contextlib.suppress(OSError):
-                sys.stderr.write(line)
+                request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
+                moment = _clock(int(time.time()))[1]
+                sys.stderr.write(f'{self.client_address[0]} - - [{moment}] "{request}" {int(code)} {size}\n')
 
     def _read_head(self) -> WSGIEnvironment:
         """Return the environ of the next request. Raise HTTPError for what is not plainly HTTP/1; socket.timeout."""
@@ -1128,11 +1155,11 @@ def supervise(server: Server, workers: int) -> None:
         if not workers_since:
             return
         pid, status = os.wait()
-        age = time.monotonic() - workers_since.pop(pid)
-        if not stopping:
+        since = workers_since.pop(pid, None)  # None: a child that was there before, or an orphan given to process 1
+        if since is not None and not stopping:
             code = os.waitstatus_to_exitcode(status)
             sys.stderr.write(f"profiler: worker {pid} ended with {code}: another takes its place\n")
-            time.sleep(max(0.0, RESPAWN_INTERVAL - age))
+            time.sleep(max(0.0, since + RESPAWN_INTERVAL - time.monotonic()))
 
 
 def _work(server: Server) -> NoReturn:
@@ -1150,6 +1177,9 @@ def _work(server: Server) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # closed by who started us
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold anything
     parser = _make_parser()
     arguments = parser.parse_args(argv)
     serving = arguments.command is None
@@ -1169,7 +1199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.closing(app):
             return _run_server(app, arguments) if serving else _initialise_database(app, arguments.force)
     except sqlite3.Error as error:
-        return _fail(f"{app.users.database.path}: {error}: name another file, in a folder that exists, with --database")
+        return _fail(f"{app.users.database.path}: {error}: mend that, or name another file with --database")
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:  # before there was anything to stop
@@ -1177,7 +1207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="profiler", description="User accounts over HTTP, on one SQLite file.")
+    parser = argparse.ArgumentParser(
+        prog="profiler", description="User accounts over HTTP, on one SQLite file.", allow_abbrev=False
+    )
     commands = ["initialise-database"]
     parser.add_argument(
         "command", nargs="?", choices=commands, help="make the table of users, and end, without serving"
@@ -1267,14 +1299,19 @@ def _run_server(app: Application, arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host")
     with server:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until what is to be done about them is settled
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"http://{host}:{server.server_port}/users/")
-        print(f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.")
-        sys.stdout.flush()
+        print(
+            f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.", flush=True
+        )
         if arguments.workers == 1:
             serve(server)
         else:
             supervise(server, arguments.workers)
+        for signum in _SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)  # all is done: a second one shall not spoil the exit status
     return 0
 
 
