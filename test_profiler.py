@@ -682,6 +682,14 @@ def test_names_may_hold_any_letters(client):
     assert client.get("/users/").json[0]["first_name"] == name
 
 
+def test_a_name_that_looks_like_the_end_of_a_batch_is_none(client, path):
+    fill(path, 2 * profiler.BATCH)
+    execute(
+        path, 'UPDATE "user" SET first_name = ? WHERE id IN (?, ?)', ('{"id":9,', profiler.BATCH, 2 * profiler.BATCH)
+    )
+    assert [user["id"] for user in client.get("/users/").json] == list(range(1, 2 * profiler.BATCH + 1))
+
+
 @pytest.mark.parametrize("cell", ["CAST(X'ff41c3' AS TEXT)", "X'ff41c3'"])
 def test_a_cell_that_is_not_utf8_breaks_nothing(client, path, cell):
     fill(path, 2)
@@ -1204,11 +1212,11 @@ def test_the_application_is_configured_by_the_environment_at_its_first_request(t
         "os.environ['PROFILER_DATABASE'] = 'named.sqlite3'\n"
         "environ = {'PATH_INFO': '/users/'}\n"
         "setup_testing_defaults(environ)\n"
-        "print(profiler.application(environ, lambda *_: None))"
+        "print(b''.join(profiler.application(environ, lambda *_: None)))"
     )
     environ = {**os.environ, "PYTHONPATH": str(HERE)}
     output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
-    assert output.stdout == "[b'[]']\n", output.stderr
+    assert output.stdout == "b'[]'\n", output.stderr
     assert (tmp_path / "named.sqlite3").exists()
 
 
@@ -1800,14 +1808,14 @@ def test_a_bad_environment_lets_nobody_in(tmp_path):
         "environ = {'PATH_INFO': '/users/'}\n"
         "setup_testing_defaults(environ)\n"
         "environ['wsgi.errors'] = errors = io.StringIO()\n"
-        "print(profiler.application(environ, lambda status, headers: print(status)))\n"
+        "print(b''.join(profiler.application(environ, lambda status, headers: print(status))))\n"
         "print('token must be' in errors.getvalue())"
     )
     environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_TOKEN": "short"}
     output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
     assert output.stdout.splitlines() == [
         "500 Internal Server Error",
-        """[b'{"error": "Internal server error"}']""",
+        """b'{"error": "Internal server error"}'""",
         "True",
     ]
 

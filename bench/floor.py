@@ -1,14 +1,13 @@
 """The floor: callables that run one statement on an open connection, or nothing at all, and answer."""
 
-import os
 import sqlite3
 
 ONE_USER = """SELECT json_object('id', id, 'first_name', first_name, 'last_name', last_name, 'email', email,
 'created_on', created_on) FROM user WHERE id = ?"""
 
 
-def make_app():
-    connection = sqlite3.connect(os.environ["PEER_DATABASE"], check_same_thread=False)
+def make_app(database):
+    connection = sqlite3.connect(database, check_same_thread=False)
     connection.text_factory = bytes
 
     def app(environ, start_response):

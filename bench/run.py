@@ -158,14 +158,15 @@ def puts(users, count):
 def peers(folder, count):
     """Return the applications that are compared in process, each on a database of its own."""
     os.environ["PEER_DATABASE"] = fill(folder, "peer", count, TUTORIAL)
+    own = fill(folder, "own", count)
     import floor
     import peer_bottle
     import peer_falcon
     import peer_flask
 
     return {
-        "profiler": profiler.create_app(fill(folder, "own", count)),
-        "floor": floor.make_app(),
+        "profiler": profiler.create_app(own),
+        "floor": floor.make_app(own),
         "Falcon": peer_falcon.app,
         "Bottle": peer_bottle.app,
         "Flask": peer_flask.app,
