@@ -248,7 +248,9 @@ def measure_http(folder, quick):
     """Requests a second for one user, 16 connections, by server."""
     own, peer = fill(folder, "http", 100_000), fill(folder, "http-peer", 100_000, TUTORIAL)
     flask = "peer_flask:app"
-    granian = python("-m", "granian", "--interface", "wsgi", "--port", "PORT", "--no-ws", "--workers", "1")
+    granian = python(
+        "-m", "granian", "--interface", "wsgi", "--port", "PORT", "--no-ws", "--workers", "1", "--blocking-threads", "1"
+    )
     servers = {
         "profiler": (profiler_server(), own),
         "profiler, 2 workers": (profiler_server("--workers", "2"), own),
@@ -258,8 +260,8 @@ def measure_http(folder, quick):
             python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", flask),
             peer,
         ),
-        "profiler, granian": ([*granian, "profiler:application"], own),
-        "hello, granian": ([*granian, "floor:hello"], own),
+        "profiler, granian, 1 thread": ([*granian, "profiler:application"], own),
+        "hello, granian, 1 thread": ([*granian, "floor:hello"], own),
     }
     rates = {name: [] for name in servers}
     for _ in range(1 if quick else 3):
