@@ -1313,6 +1313,8 @@ def _run_server(app: Application, arguments: argparse.Namespace) -> int:
             serve(server)
         else:
             supervise(server, arguments.workers)
+            with contextlib.suppress(sqlite3.Error):  # workers that ended at once left it to each other
+                app.users.database.read("PRAGMA wal_checkpoint(TRUNCATE)")
         for signum in _SIGNALS:
             signal.signal(signum, signal.SIG_IGN)  # all is done: a second one shall not spoil the exit status
     return 0
