@@ -1202,7 +1202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.closing(app):
             return _run_server(app, arguments) if serving else _initialise_database(app, arguments.force)
     except sqlite3.Error as error:
-        return _fail(f"{app.users.database.path}: {error}: mend that, or name another file with --database")
+        folder, name = os.path.split(app.users.database.path)
+        remedy = "mend that" if os.path.isdir(folder) else f"make the folder {folder}"
+        return _fail(f"{name} in {folder}: {error}: {remedy}, or name another file with --database")
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:  # before there was anything to stop
@@ -1306,9 +1308,8 @@ def _run_server(app: Application, arguments: argparse.Namespace) -> int:
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until what is to be done about them is settled
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         print(f"http://{host}:{server.server_port}/users/")
-        print(
-            f"The database is {app.users.database.path}; it holds {count} users. Ctrl-C stops the server.", flush=True
-        )
+        users = "1 user" if count == 1 else f"{count} users"
+        print(f"The database is {app.users.database.path}; it holds {users}. Ctrl-C stops the server.", flush=True)
         if arguments.workers == 1:
             serve(server)
         else:

@@ -1992,6 +1992,7 @@ def test_a_port_in_use_is_one_line_and_exit_1(tmp_path):
 def test_no_such_folder_is_one_line_and_exit_1(tmp_path, arguments):
     status, output, errors = run(tmp_path, "--port", "0", "--database", "missing/db.sqlite3", *arguments)
     assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert f"make the folder {tmp_path / 'missing'}" in errors
     assert "--database" in errors
 
 
@@ -2172,6 +2173,7 @@ def test_the_readme_tells_the_limits_that_the_module_has():
         f"of 1 to {profiler.MAX_LIMIT} users",
         f"over {profiler.MAX_BODY // 1024} KiB",
         f"at most {profiler.MAX_EMAIL} characters",
+        f"up to {profiler.MAX_WORKERS}",
     ):
         assert limit in " ".join(README.split())
     assert f"at least {profiler.MIN_TOKEN} characters" in README
