@@ -53,13 +53,14 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
-# Every limit of the service, its unit and where the number comes from.
+# Every limit of the service, its unit, and its source where it was not chosen here.
 
-HOST, PORT, WORKERS = "127.0.0.1", "5000", "1"  # the tutorial's, which are Flask's
+HOST, PORT = "127.0.0.1", "5000"  # the tutorial's, which are Flask's
+WORKERS = "1"
 DATABASE = "db.sqlite3"  # the tutorial's file
 
 ITERATIONS = 600_000  # of PBKDF2-HMAC-SHA256: OWASP Password Storage Cheat Sheet
-MAX_ITERATIONS = 10_000_000  # a stored hash that asks for more is refused; some two seconds of one core
+MAX_ITERATIONS = 10_000_000  # a stored hash that asks for more is refused; two to three seconds of one core
 MAX_SCRYPT_COST = 2**20  # n * r * p, hence 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
 SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
@@ -147,9 +148,8 @@ def _digest(method: str, salt: str, password: str) -> str:
 # thread: SQLite's calls let go of the GIL, and threads that fight to get it back do little else. Text is handed over as
 # the bytes that are stored, for it is on its way into a response.
 
-
 # Result codes (sqlite.org/rescode.html), which Python names from 3.11 on.
-SQLITE_BUSY, SQLITE_LOCKED, SQLITE_READONLY, SQLITE_IOERR = 5, 6, 8, 10
+SQLITE_ERROR, SQLITE_BUSY, SQLITE_LOCKED, SQLITE_READONLY, SQLITE_IOERR = 1, 5, 6, 8, 10
 SQLITE_FULL, SQLITE_CANTOPEN, SQLITE_PROTOCOL = 13, 14, 15
 _UNSHARED = (SQLITE_READONLY, SQLITE_IOERR, SQLITE_CANTOPEN)
 
@@ -234,7 +234,7 @@ class Database:
         # Under a lock, because to close a file drops the POSIX locks that this process's connections hold on it.
         with self._creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # as above
             if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # of which SQLite would make one
                 raise sqlite3.DatabaseError("file is not a database")
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -282,9 +282,9 @@ def read_schema() -> str:
 # All the SQL there is. SQLite itself writes the JSON, so that a read builds nothing in Python.
 
 _COLUMNS = ("first_name", "last_name", "email", "created_on")  # public, in the order of the answer; after the id
-_PLAIN = "json_object('id', id, " + ", ".join(f"'{name}', {name}" for name in _COLUMNS) + ")"
-# Of a BLOB, which only another program can have written there, json_object would make an error.
+# Cast, for what another program may have written: of a BLOB json_object makes an error, and created_on may be a number.
 _JSON = "json_object('id', id, " + ", ".join(f"'{name}', CAST({name} AS TEXT)" for name in _COLUMNS) + ")"
+_PLAIN = re.sub("CAST[(]([a-z]+_name|email) AS TEXT[)]", r"\1", _JSON)  # for where there is no BLOB
 
 # A file that the tutorial's service made compares emails with case; asked like this it does not, but has to be scanned.
 # An email is asked for as it is given, too: such a file may hold it unfolded.
@@ -345,7 +345,9 @@ class Users:
         while True:
             try:
                 [(users,)] = self.database.read(_LIST, (after, BATCH))
-            except sqlite3.OperationalError:  # perhaps for a BLOB; to cast every cell takes a tenth longer
+            except sqlite3.OperationalError as error:  # of a BLOB; to cast every cell takes some 5 % longer
+                if getattr(error, "sqlite_errorcode", SQLITE_ERROR) != SQLITE_ERROR:
+                    raise
                 [(users,)] = self.database.read(_LIST_CAST, (after, BATCH))
             if users is None:
                 return

@@ -204,8 +204,7 @@ def test_importing_opens_and_reads_nothing(tmp_path):
         "import profiler\n"
         "print([name for name in opened if str(name).endswith(('sqlite3', '.sql'))])"
     )
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_DATABASE": "/no/such/folder/db.sqlite3"}
-    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    output = run_program(program, tmp_path, PROFILER_DATABASE="/no/such/folder/db.sqlite3")
     assert (output.stdout.strip(), output.stderr) == ("[]", "")
     assert os.listdir(tmp_path) == []
 
@@ -342,6 +341,12 @@ def test_twelve_processes_may_start_at_once_on_no_file(tmp_path):
         assert execute(path, 'SELECT count(*) FROM "user"') == [(12,)]
 
 
+def run_program(program, folder, **environ):
+    """Run a Python program that may import profiler."""
+    environ = {**os.environ, "PYTHONPATH": str(HERE), **environ}
+    return subprocess.run([sys.executable, "-c", program], env=environ, cwd=folder, capture_output=True, text=True)
+
+
 @contextlib.contextmanager
 def locked(path, lock="BEGIN IMMEDIATE"):
     """Hold the write lock of a database, from outside."""
@@ -448,6 +453,21 @@ def test_a_place_that_may_only_be_read_is_served(tmp_path):
     assert in_a_fork(child)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="earlier ones do not tell a lock from another trouble")
+def test_a_list_that_fails_for_another_reason_than_a_blob_is_not_tried_twice(application, monkeypatch):
+    reads = []
+
+    def read(statement, parameters):
+        reads.append(statement)
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = profiler.SQLITE_BUSY
+        raise error
+
+    monkeypatch.setattr(application.users.database, "read", read)
+    assert call(application)[0] == 503
+    assert len(reads) == 1
+
+
 def test_what_is_no_database_is_500_and_stays_as_it_is(path):
     path.write_bytes(b"The diary of a famous wizard. " * 100)
     with contextlib.closing(profiler.create_app(path)) as application:
@@ -470,6 +490,11 @@ def test_no_such_folder_is_503(tmp_path):
     assert status == 503
     assert "error" in json.loads(body)
     assert "unable to open database file" in errors
+
+
+def test_a_file_in_place_of_the_folder_is_503(path):
+    path.touch()
+    assert call(profiler.create_app(path / "db.sqlite3"))[0] == 503
 
 
 def test_a_table_of_another_shape_is_500(path):
@@ -496,8 +521,7 @@ def test_the_schema_is_found_in_a_zip_archive(tmp_path):
         archive.write(HERE / "profiler.py", "profiler.py")
         archive.write(HERE / "schema.sql", "schema.sql")
     program = "import profiler; print(profiler.__file__, profiler.create_app('x.sqlite3').users.count())"
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "app.zip")}
-    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    output = run_program(program, tmp_path, PYTHONPATH=str(tmp_path / "app.zip"))
     assert output.stdout.split() == [str(tmp_path / "app.zip" / "profiler.py"), "0"], output.stderr
 
 
@@ -696,6 +720,16 @@ def test_a_cell_that_is_not_utf8_breaks_nothing(client, path, cell):
     execute(path, f'UPDATE "user" SET first_name = {cell} WHERE id = 1')
     assert client.get("/users/1/").json["first_name"] == "\ufffdA\ufffd"
     assert [user["first_name"] for user in client.get("/users/").json] == ["\ufffdA\ufffd", "First2"]
+
+
+@pytest.mark.parametrize("moment", [1700000000, 1.5, 9e999])
+def test_a_moment_that_is_a_number_is_a_string_everywhere(client, path, moment):
+    """The tutorial's column type lets another program write one."""
+    fill(path, 1)
+    execute(path, 'UPDATE "user" SET created_on = ?', (moment,))
+    user = client.get("/users/1/").json
+    assert isinstance(user["created_on"], str)
+    assert client.get("/users/").json == client.get("/users/?limit=1").json == [user]
 
 
 def test_update_changes_names_and_email_and_nothing_else(client, path):
@@ -1214,8 +1248,7 @@ def test_the_application_is_configured_by_the_environment_at_its_first_request(t
         "setup_testing_defaults(environ)\n"
         "print(b''.join(profiler.application(environ, lambda *_: None)))"
     )
-    environ = {**os.environ, "PYTHONPATH": str(HERE)}
-    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    output = run_program(program, tmp_path)
     assert output.stdout == "b'[]'\n", output.stderr
     assert (tmp_path / "named.sqlite3").exists()
 
@@ -1811,8 +1844,7 @@ def test_a_bad_environment_lets_nobody_in(tmp_path):
         "print(b''.join(profiler.application(environ, lambda status, headers: print(status))))\n"
         "print('token must be' in errors.getvalue())"
     )
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "PROFILER_TOKEN": "short"}
-    output = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    output = run_program(program, tmp_path, PROFILER_TOKEN="short")
     assert output.stdout.splitlines() == [
         "500 Internal Server Error",
         """b'{"error": "Internal server error"}'""",
