@@ -66,6 +66,7 @@ SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
 MAX_BODY = 64 * 1024  # bytes
 MAX_DIGITS = 4300  # of an integer in a body: CPython's own limit, where it has one
+MAX_BRACKETS = 500  # that open an object or an array in a body: a parser's stack carries that many anywhere
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_ID_DIGITS = len(str(MAX_ID))
@@ -435,6 +436,8 @@ _DIGITS = re.compile("[0-9]+")  # not \d, which takes the digits of every script
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # of JSON; the last one may lack its end
+_BRACKET = re.compile(rb"[\[{]")
 
 
 class HTTPError(Exception):
@@ -454,12 +457,12 @@ def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
     """Return the JSON object in the request's body. Raise HTTPError: 400, 408, 411, 413, 415."""
     _check_content_type(environ.get("CONTENT_TYPE", ""))
     body = _read_body(environ)
+    if len(_BRACKET.findall(_STRING.sub(b"", body))) > MAX_BRACKETS:  # before the parser, whose stack may be too small
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body is nested too deeply: it may have {MAX_BRACKETS} brackets")
     try:
         value = json.loads(body.decode(), parse_int=_parse_int, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be UTF-8") from None
-    except RecursionError:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is nested too deeply") from None
     except ValueError as error:
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body must be JSON: {error}") from None
     if not isinstance(value, dict):
@@ -1211,6 +1214,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:  # before there was anything to stop
         return 128 + signal.SIGINT
+    finally:
+        _flush_log()
+
+
+def _flush_log() -> None:
+    """Drop a stderr that cannot be written: what is left in its buffer would make the interpreter's exit a failure."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
 
 
 def _make_parser() -> argparse.ArgumentParser:

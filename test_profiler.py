@@ -916,6 +916,7 @@ def test_a_chunked_body_that_the_server_does_not_decode_is_411(application):
         (b'{"age": ' + b"9" * 5000 + b"}", "digits"),
         (b'{"first_name": "H\xe9"}', "UTF-8"),
         (BODY.decode().encode("utf-16"), "UTF-8"),
+        (b"[" * 501, "nested"),
         (b"[" * 60_000, "nested"),
         (b'{"a":' * 12_000, "nested"),
         (b"[]", "object"),
@@ -928,6 +929,16 @@ def test_a_body_that_is_no_json_object_is_400_and_told_why(application, body, sa
     status, error = post(application, body, CONTENT_TYPE="application/json", CONTENT_LENGTH=str(len(body)))
     assert status == 400
     assert says in error
+
+
+def test_brackets_within_a_string_nest_nothing(application):
+    body = json.dumps({**HARRY, "password": '[{\\"' * 1000, "more": [[]] * 200}).encode()
+    assert post(application, body) == (201, None)
+
+
+def test_quotes_without_end_cost_no_time_to_look_through(application):
+    """Each could be where a string begins, and the end of the body be looked for from there."""
+    assert post(application, b'"' + b'\\"' * 32_000)[0] == 400
 
 
 @pytest.mark.parametrize("name", HARRY)
