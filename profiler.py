@@ -1,28 +1,31 @@
+#!/usr/bin/env python3
 """User accounts over HTTP: a WSGI service on one SQLite file, with nothing but the standard library.
 
-    POST    /users/       create a user                     201 {"id": 1}
-    GET     /users/       list every user                   200 [{...}, ...]
-    GET     /users/ID/    get one user                      200 {...}
-    PUT     /users/ID/    update a user's names and email   200 {"id": 1}
-    DELETE  /users/ID/    delete a user                     204
+    POST    /users/               create a user                     201 {"id":1}
+    GET     /users/               list every user                   200 [{...},...]
+    GET     /users/ID/            get one user                      200 {...}
+    PUT     /users/ID/            update a user's names and email   200 {"id":1}
+    DELETE  /users/ID/            delete a user                     204
+    PUT     /users/ID/password/   change a user's password          204
+    POST    /users/verify/        check an email and a password     200 {"id":1}
+    GET     /health/              tell whether users can be read    200 {"status":"ok"}
 
 Run it: `python profiler.py` serves http://127.0.0.1:5000/users/ on ./db.sqlite3; `--help` tells the rest.
 Embed it: `profiler:application` is the WSGI callable; `create_app()` makes one on another database.
 Copy it: this file and schema.sql, side by side, are all of it. Python 3.9 or later.
 
-It is not a login service: it keeps accounts and their password hashes for others to check with
-`verify_password`, and knows no sessions, no roles and no mail.
+It keeps accounts and checks passwords. It knows no sessions, no roles and no mail.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
 import hmac
 import io
-import itertools
 import json
 import os
 import re
@@ -35,68 +38,73 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from http import HTTPStatus
 from urllib.parse import parse_qsl, quote, unquote, urlencode
-from wsgiref.handlers import format_date_time
+from wsgiref.handlers import CGIHandler, format_date_time
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-TYPE_CHECKING = False  # typing's own, which would cost every start its import
+TYPE_CHECKING = False  # typing's own, without importing typing at every start
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from typing import Any, Callable, NoReturn, Union
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, Callable, Union
     from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
 
     Headers = tuple[tuple[str, str], ...]
-    # A status, a body of JSON (None: there is none; an iterator: of unknown length), and headers beyond the usual.
+    # A status, a body (None: there is none; an iterator: its length is not known), and headers beyond the usual ones.
     Response = tuple[HTTPStatus, Union[bytes, Iterator[bytes], None], Headers]
+    # Is called with a user's JSON as it is now, or None for nobody, and raises if the user must not be changed.
+    Check = Callable[[Union[bytes, None]], object]
 
+__all__ = ["app", "application", "create_app", "hash_password", "verify_password"]
 __version__ = "1.0.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 # Every limit of the service, its unit, and its source where it was not chosen here.
 
-HOST, PORT = "127.0.0.1", "5000"  # the tutorial's, which are Flask's
-WORKERS = "1"
+HOST, PORT = "127.0.0.1", "5000"  # the tutorial's, which are Flask's; as text, as a flag would give them
 DATABASE = "db.sqlite3"  # the tutorial's file
 
 ITERATIONS = 600_000  # of PBKDF2-HMAC-SHA256: OWASP Password Storage Cheat Sheet
-MAX_ITERATIONS = 10_000_000  # a stored hash that asks for more is refused; two to three seconds of one core
+MAX_ITERATIONS = 10_000_000  # a hash stored with more is refused: this many take a core two to three seconds
 MAX_SCRYPT_COST = 2**20  # n * r * p, hence 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
 SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
 MAX_BODY = 64 * 1024  # bytes
-MAX_DIGITS = 4300  # of an integer in a body: CPython's own limit, where it has one
-MAX_BRACKETS = 500  # that open an object or an array in a body: a parser's stack carries that many anywhere
+MAX_BRACKETS = 500  # objects and arrays in a body: any thread's stack has room to parse that many inside one another
+MAX_NAME = 255  # characters of a first or last name
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
-MAX_ID_DIGITS = len(str(MAX_ID))
 
 MIN_DATABASE = 512  # bytes: SQLite's smallest page
-BUSY_TIMEOUT = 5.0  # seconds that a statement waits for the database's lock: the default of sqlite3.connect
+BUSY_TIMEOUT = 5.0  # seconds that a request waits for its turn at the database: the default of sqlite3.connect
+RETRY_INTERVAL = 0.001  # seconds after which a writer asks again for a lock that another process holds
+MOVED_INTERVAL = 0.1  # seconds for which a reader takes it for granted that the file is in its place
 HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
-RETRY_AFTER = 1  # seconds, told to whom either wait was too long
-BATCH = 500  # users read from the database at once
-MAX_LIMIT = 1000  # users of a page
-BEFORE_ALL = -(2**63)  # SQLite's smallest integer
+RETRY_AFTER = 1  # seconds that a client is told to wait before it asks again
+BATCH = 500  # users that the list reads at once
+MAX_LIMIT = 1000  # users on a page
+BACKUP_PAGES = 2048  # of the database, copied at once: some 8 MiB
 
 MIN_TOKEN = 16  # characters
 
-# Of the server; seconds, unless they say otherwise.
-MAX_CONNECTIONS = 1000  # a thread each
-MAX_REFUSALS = 50  # connections past that number, which are told 503
+# The built-in server's; seconds unless it says otherwise.
+MAX_CONNECTIONS = 1000  # each has a thread
+MAX_REFUSALS = 50  # connections beyond that number, which are told 503
+RESERVED_FILES = 50  # open files that are kept for the database, the log and the like
+STACK_SIZE = 512 * 1024  # bytes of a thread: 100 of them fit into 200 MB of address space
 MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
-MAX_FIELDS = 100  # of a head: Apache's, and http.client's
-MAX_LINGER = 16 * 1024 * 1024  # bytes read, after the answer, of a request that is refused
+MAX_FIELDS = 100  # headers of a request: Apache's, and http.client's
+RECEIVE_SIZE = 64 * 1024  # bytes asked of a socket at once
+MAX_LINGER = 16 * 1024 * 1024  # bytes of a refused request that are read after the answer
 IDLE_TIMEOUT = 15.0  # between requests
 HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
 BODY_TIMEOUT = 30.0  # from the end of the head to that of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # without the client sending anything, after the answer
 DRAIN_TIMEOUT = 10.0  # for what is in flight when the server is told to stop: what docker stop allows
-POLL_INTERVAL = 0.1  # until a stop is noticed
-RESPAWN_INTERVAL = 1.0  # from the start of a worker that fails at once to the start of the next
-MAX_WORKERS = 256
+POLL_INTERVAL = 0.1  # until the server notices that it is told to stop
 MAX_PORT = 2**16 - 1
 
 
@@ -122,14 +130,21 @@ def verify_password(password_hash: str, password: str) -> bool:
     A hash that is malformed, or would cost more than the limits above, is nobody's: False, at once.
     """
     try:
-        method, salt, digest = str(password_hash).split("$")
+        method, salt, digest = str(password_hash).split("$")  # another program may have stored NULL
+        # As bytes: compare_digest refuses a str that is not ASCII.
         return hmac.compare_digest(_digest(method, salt, password).encode(), digest.encode())
     except ValueError:
         return False
 
 
+def is_weak(password_hash: str, iterations: int) -> bool:
+    """Tell whether a stored hash is PBKDF2's with fewer iterations than these. scrypt is as strong as it was chosen."""
+    match = _PBKDF2.match(password_hash)
+    return match is not None and int(match[1]) < iterations
+
+
 def _digest(method: str, salt: str, password: str) -> str:
-    """Return the digest in hexadecimal; raise ValueError for what is not to be computed."""
+    """Return the digest in hexadecimal. Raise ValueError for a method or a cost that is not to be computed."""
     if "\0" in password:  # HMAC pads its key with NUL: "a" and "a\0" would be one password
         raise ValueError("a password cannot hold the NUL character")
     if match := _PBKDF2.fullmatch(method):
@@ -145,17 +160,34 @@ def _digest(method: str, salt: str, password: str) -> str:
 
 
 # -- database ----------------------------------------------------------------------------------------------------------
-# Two connections a process: one reads, one writes, and threads take turns. That is faster than a connection for each
-# thread: SQLite's calls let go of the GIL, and threads that fight to get it back do little else. Text is handed over as
-# the bytes that are stored, for it is on its way into a response.
+# One SQLite file. One connection reads and one writes, and the threads of a process take turns at each. That is faster
+# than a connection for every thread: SQLite's calls let go of the GIL, and threads that fight to get it back do little
+# else. Text comes as the bytes that are stored, for it is on its way into a response.
 
 # Result codes (sqlite.org/rescode.html), which Python names from 3.11 on.
-SQLITE_ERROR, SQLITE_BUSY, SQLITE_LOCKED, SQLITE_READONLY, SQLITE_IOERR = 1, 5, 6, 8, 10
-SQLITE_FULL, SQLITE_CANTOPEN, SQLITE_PROTOCOL = 13, 14, 15
-_UNSHARED = (SQLITE_READONLY, SQLITE_IOERR, SQLITE_CANTOPEN)
+_BUSY, _LOCKED, _READONLY, _IOERR, _FULL, _CANTOPEN, _PROTOCOL = 5, 6, 8, 10, 13, 14, 15
+_CODES = {  # before 3.11 Python tells no code, but SQLite's words for one (sqlite.org/c3ref/errcode.html)
+    "database is locked": _BUSY,
+    "database table is locked": _LOCKED,
+    "attempt to write a readonly database": _READONLY,
+    "disk I/O error": _IOERR,
+    "database or disk is full": _FULL,
+    "unable to open database file": _CANTOPEN,
+    "locking protocol": _PROTOCOL,
+}
+
+# To close a file drops every POSIX lock that this process has on it, a connection's too (sqlite.org/howtocorrupt.html).
+# So no connection may be made while a new file is closed; nor may a fork leave the lock to a child, who cannot open it.
+_creating = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_creating.acquire, after_in_parent=_creating.release, after_in_child=_creating.release)
 
 
-class Busy(Exception):
+class Unavailable(Exception):
+    """The database cannot be used as things are: it is away, its disk is full, read-only or failing."""
+
+
+class Busy(Unavailable):
     """The service is at its limit for now: the same request may well succeed in a moment."""
 
 
@@ -166,38 +198,49 @@ class _Seat:
         self.lock = threading.Lock()
         self.connection: sqlite3.Connection | None = None
 
-
-class _Seats(dict[int, _Seat]):
-    """A seat for each process: what is from before a fork is neither used nor closed (sqlite.org/howtocorrupt.html)."""
-
-    def __missing__(self, pid: int) -> _Seat:
-        return self.setdefault(pid, _Seat())
+    def close(self) -> None:
+        """Close the connection; whoever comes next makes another."""
+        if self.connection:
+            self.connection.close()
+            self.connection = None
 
 
 class Database:
     """One SQLite file, made at the first use. Threads and, after a fork, processes may share the object."""
 
-    _creating = threading.Lock()
+    def __init__(self, path: str, prepare: Callable[[sqlite3.Connection], None]) -> None:
+        """Take the path of the file, and what to do with a new connection before it writes.
 
-    def __init__(self, path: str) -> None:
-        """Take the path of the file. Raise ValueError for a database that would not outlive a connection."""
+        Raise ValueError for a database in memory, Unavailable if the path is relative to a folder that is gone.
+        """
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: one in memory would end with its connection")
-        self.path = os.path.abspath(path)
-        self._readers, self._writers = _Seats(), _Seats()
-
-    def read(self, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a SELECT; no lock and no snapshot outlives the call. Raise Busy, sqlite3.Error."""
-        seat = self._readers[os.getpid()]
-        if not seat.lock.acquire(True, BUSY_TIMEOUT):
-            raise Busy("others are reading the database")
         try:
+            self.path = os.path.realpath(path)  # SQLite puts its log beside the file, not beside a link to it
+        except FileNotFoundError:
+            raise Unavailable(f"the current folder is gone, where {path} would be") from None
+        self._prepare = prepare
+        self._file: tuple[int, int] | None = None  # the file that this process has had, which it never makes anew
+        self._seen = 0.0  # when it was last seen in its place
+        self._inherited: list[_Seat] = []
+        self._reader, self._writer = _Seat(), _Seat()
+
+    def read(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+        """Return all rows of a SELECT. No lock and no snapshot outlives the call. Raise Busy, Unavailable."""
+        seat = self._reader
+        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy("other threads are reading the database")
+        try:
+            if time.monotonic() - self._seen > MOVED_INTERVAL:
+                self._check_place()
             if seat.connection is None:
                 try:
                     seat.connection = self._connect()
                 except sqlite3.OperationalError as error:
-                    return self._read_immutable(statement, parameters, error)
+                    return self._read_alone(statement, parameters, error)
             return seat.connection.execute(statement, parameters).fetchall()
+        except sqlite3.OperationalError as error:
+            raise self._translate(error) from None
         finally:
             seat.lock.release()
 
@@ -205,115 +248,224 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the database's write lock; commit at the end of the block, roll back if it raises.
 
-        Raise Busy if this process's other threads, or sqlite3.OperationalError if others, hold it past BUSY_TIMEOUT.
+        Raise Busy if other threads or other processes hold it past BUSY_TIMEOUT, Unavailable.
         """
-        seat = self._writers[os.getpid()]
-        if not seat.lock.acquire(True, BUSY_TIMEOUT):
-            raise Busy("others are writing to the database")
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        seat = self._writer
+        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy("other threads are writing to the database")
         try:
+            self._check_place()
             if seat.connection is None:
-                seat.connection = self._connect()
-            seat.connection.execute("BEGIN IMMEDIATE")  # what turns into a writer later cannot wait for the lock
-            with seat.connection:
+                seat.connection = self._connect_writer()
+            _insist(seat.connection, "BEGIN IMMEDIATE", deadline)  # a reader that turns writer could not wait
+            try:
                 yield seat.connection
+                _insist(seat.connection, "COMMIT", deadline)
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    seat.connection.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            raise self._translate(error) from None
         finally:
-            if seat.connection and seat.connection.in_transaction:  # neither commit nor rollback succeeded
-                seat.connection.close()
-                seat.connection = None
+            if seat.connection and seat.connection.in_transaction:  # it could neither commit nor roll back
+                seat.close()
             seat.lock.release()
+
+    def copy(self, path: str, progress: Callable[[int, int], object]) -> None:
+        """Write a copy as of now to a new file, its owner's alone, while others read and write.
+
+        The file gets its name when it is whole and on disk. After some pages `progress` is told how many are left, and
+        of how many. Raise FileExistsError, another OSError, Busy, Unavailable.
+        """
+        import tempfile  # takes its time, and is needed here alone
+
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} is there already: a backup goes to a new file")
+        folder, name = os.path.split(os.path.abspath(path))
+        descriptor, part = tempfile.mkstemp(".part", f"{name}.", folder)
+        os.close(descriptor)
+        try:
+            with contextlib.closing(self._connect()) as source, contextlib.closing(sqlite3.connect(part)) as target:
+                source.execute("BEGIN")
+                source.execute("SELECT 1 FROM sqlite_master").fetchall()  # from here on it sees no newer state
+                source.backup(target, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
+            _rename(part, path)
+        except sqlite3.OperationalError as error:
+            raise self._translate(error) from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+
+    def expect(self) -> None:
+        """Take it that the file is there already, from now on. Raise Unavailable if it is not."""
+        self._file = self._identify()
+        if self._file is None:
+            raise Unavailable("there is no such file")
 
     def close(self) -> None:
         """Close this process's connections; the last of all merges the write-ahead log into the file."""
-        for seat in (self._readers[os.getpid()], self._writers[os.getpid()]):
+        for seat in (self._reader, self._writer):
             with seat.lock:
-                if seat.connection:
-                    seat.connection.close()
-                    seat.connection = None
+                seat.close()
+
+    def renew(self) -> None:
+        """Begin without connections in a forked child, which may neither use nor close its parent's."""
+        self._inherited += [self._reader, self._writer]
+        self._reader, self._writer = _Seat(), _Seat()
 
     def _connect(self) -> sqlite3.Connection:
-        """Return a new connection to the file, which is made if need be, private to its owner, with the table in it."""
-        # Under a lock, because to close a file drops the POSIX locks that this process's connections hold on it.
-        with self._creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.suppress(OSError):  # as above
-            if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # of which SQLite would make one
+        """Return a new connection to the file, which is made if need be: private to its owner, with the table in it."""
+        schema = read_file("schema.sql").decode()
+        if self._file is None:
+            with _creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with _creating, contextlib.suppress(OSError):
+            if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # SQLite would take it for an empty one and overwrite it
                 raise sqlite3.DatabaseError("file is not a database")
-        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+        connection = self._open("mode=rw")  # which makes no file
         try:
-            connection.text_factory = bytes
-            with contextlib.suppress(sqlite3.OperationalError):  # a read-only place, or others at work: as it is, then
-                connection.execute("PRAGMA journal_mode = WAL")
+            # On a read-only place, or while others are at work, the file stays in the mode it has.
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA journal_mode = WAL").fetchall()
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
             connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
-            connection.executescript(read_schema())
+            connection.executescript(schema)
+        except BaseException:
+            connection.close()
+            raise
+        self._file = self._file or self._identify()
+        return connection
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        connection = self._connect()
+        try:
+            self._prepare(connection)
+            connection.execute("PRAGMA busy_timeout = 0")  # transaction asks again by itself, and more often
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _read_immutable(self, statement: str, parameters: Sequence[Any], error: sqlite3.OperationalError) -> list[Any]:
+    def _read_alone(self, statement: str, parameters: Mapping[str, Any], error: sqlite3.OperationalError) -> list[Any]:
         """Read where WAL mode's shared memory cannot be made: on a read-only place, a full disk. Else raise the error.
 
         The file alone must hold all that was committed: a log or a journal beside it would have more.
         """
-        code = getattr(error, "sqlite_errorcode", SQLITE_CANTOPEN) & 0xFF
         beside = (self.path + "-wal", self.path + "-journal")
-        if code not in _UNSHARED or any(os.path.isfile(path) and os.path.getsize(path) for path in beside):
+        if _code(error) not in (_READONLY, _IOERR, _CANTOPEN) or any(map(_is_filled, beside)):
             raise error
-        uri = "file:///" + quote(self.path.replace(os.sep, "/").lstrip("/")) + "?immutable=1"
         try:
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-                connection.text_factory = bytes
+            with contextlib.closing(self._open("immutable=1")) as connection:
                 return connection.execute(statement, parameters).fetchall()
         except sqlite3.Error:
             raise error from None
 
+    def _open(self, query: str) -> sqlite3.Connection:
+        """Return a connection that waits for no lock (sqlite.org/uri.html)."""
+        path = quote(os.fsencode(self.path.replace(os.sep, "/")).lstrip(b"/"))
+        uri = f"file:///{path}?{query}"
+        connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
+        connection.text_factory = bytes
+        return connection
 
-def read_schema() -> str:
-    """Return the text of schema.sql, beside this module in a folder, a wheel or a zip archive. Raise OSError."""
-    path = os.path.join(os.path.dirname(__file__), "schema.sql")
+    def _identify(self) -> tuple[int, int] | None:
+        """Return what tells the file in this place from another one; None if there is none."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        return None
+
+    def _check_place(self) -> None:
+        """Raise Unavailable if the file that this process has had is no longer in its place.
+
+        A new one would be empty; and what is written to one without its name is lost to who looks for it.
+        """
+        if self._file is not None and self._identify() != self._file:
+            raise Unavailable("the file was moved or replaced: put it back, or start the service anew")
+        self._seen = time.monotonic()
+
+    def _translate(self, error: sqlite3.OperationalError) -> Exception:
+        """Return Busy or Unavailable for what may pass or be mended. Any other error is somebody's mistake: itself."""
+        code, folder = _code(error), os.path.dirname(self.path)
+        if code in (_BUSY, _LOCKED, _PROTOCOL):
+            return Busy(str(error))
+        if code == _CANTOPEN and not os.path.isdir(folder):
+            return Unavailable(f"{error}: make the folder {folder}")
+        if code in (_READONLY, _IOERR, _FULL, _CANTOPEN):
+            return Unavailable(str(error))
+        return error
+
+
+def _code(error: sqlite3.OperationalError) -> int | None:
+    """Return the primary result code of an error, if it is known."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return _CODES.get(str(error)) if code is None else code & 0xFF
+
+
+def _insist(connection: sqlite3.Connection, statement: str, deadline: float) -> None:
+    """Execute a statement that takes a lock, and ask again until the deadline while another process holds it.
+
+    SQLite would do so, too, but its pauses grow to 100 ms, in which others take the lock again and again.
+    """
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if _code(error) != _BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_INTERVAL)
+
+
+def _is_filled(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def _rename(part: str, path: str) -> None:
+    """Give a file its name, unless another has it. Raise FileExistsError."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} is there already: a backup goes to a new file") from None
+    except OSError:  # a file system that has no links: there nothing looks and names at once
+        if os.path.lexists(path):
+            raise
+        os.rename(part, path)
+
+
+def read_file(name: str) -> bytes:
+    """Return a file that came with this module: from beside it, in a folder, a wheel or a zip archive. Raise OSError.
+
+    In a wheel it has a folder of its own, where no other package writes.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
     spec = globals().get("__spec__")  # a script has none, and mod_wsgi sets none
-    if spec is not None and hasattr(spec.loader, "get_data"):
-        return str(spec.loader.get_data(path), "utf-8")
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
+        with contextlib.suppress(FileNotFoundError):
+            if spec is not None and hasattr(spec.loader, "get_data"):
+                return bytes(spec.loader.get_data(path))
+            with open(path, "rb") as file:
+                return file.read()
+    raise FileNotFoundError(f"{name} is missing: put it beside {os.path.basename(__file__)} in {here}")
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
-# All the SQL there is. SQLite itself writes the JSON, so that a read builds nothing in Python.
-
-_COLUMNS = ("first_name", "last_name", "email", "created_on")  # public, in the order of the answer; after the id
-# Cast, for what another program may have written: of a BLOB json_object makes an error, and created_on may be a number.
-_JSON = "json_object('id', id, " + ", ".join(f"'{name}', CAST({name} AS TEXT)" for name in _COLUMNS) + ")"
-_PLAIN = re.sub("CAST[(]([a-z]+_name|email) AS TEXT[)]", r"\1", _JSON)  # for where there is no BLOB
-
-# A file that the tutorial's service made compares emails with case; asked like this it does not, but has to be scanned.
-# An email is asked for as it is given, too: such a file may hold it unfolded.
-_TAKEN = 'SELECT 1 FROM "user" AS other WHERE other.email COLLATE NOCASE IN (?, ?)'
-_CREATE = f"""INSERT INTO "user" (first_name, last_name, email, password)
-SELECT ?, ?, ?, ? WHERE NOT EXISTS ({_TAKEN})"""
-_LIST, _LIST_CAST = (
-    f"""SELECT group_concat(user, ',') FROM (SELECT {user} AS user FROM "user" WHERE id > ? ORDER BY id LIMIT ?)"""
-    for user in (_PLAIN, _JSON)
-)
-_ID = b'{"id":'
-_PAGE = f'SELECT id, {_JSON} FROM "user" WHERE id > ? ORDER BY id LIMIT ?'
-_FIND = f'SELECT id, {_JSON} FROM "user" WHERE email COLLATE NOCASE IN (?, ?) AND id > ? ORDER BY id LIMIT ?'
-_GET = f'SELECT {_JSON} FROM "user" WHERE id = ?'
-_EXISTS = 'SELECT 1 FROM "user" WHERE id = ?'
-_UPDATE = f"""UPDATE "user" SET first_name = ?, last_name = ?, email = ?
-WHERE id = ? AND (email COLLATE BINARY IN (?, ?) OR NOT EXISTS ({_TAKEN} AND other.id <> "user".id))"""
-_DELETE = 'DELETE FROM "user" WHERE id = ?'
-_COUNT = 'SELECT count(*) FROM "user"'
-_DROP = 'DROP TABLE "user"'
+# The storage that the endpoints know: Users has the rules, which are about accounts, and a subclass has the statements,
+# which are about a database. The statements of SQLite follow here; profiler_sqlalchemy.py has those of other engines.
 
 
 class EmailTaken(Exception):
-    """Another user has this email, or one that differs only in case."""
+    """Another user has this email, or one that differs only in the case of ASCII letters."""
 
 
 class NoSuchUser(Exception):
-    """No user has this id."""
+    """No user has this id, or this email."""
+
+
+class WrongPassword(Exception):
+    """The password is not the user's, or nobody has the email it came with."""
 
 
 class TableInUse(Exception):
@@ -321,102 +473,300 @@ class TableInUse(Exception):
 
 
 class Users:
-    """The users in one database. sqlite3.Error and Busy pass through from there."""
+    """The rules of users, whatever database they are in. Each method may also raise Busy or Unavailable.
 
-    def __init__(self, database: Database, iterations: int, hashers: int) -> None:
+    A storage is a subclass that gives the methods named here; SQLiteUsers, below, tells what each of them does.
+    """
+
+    place: str  # where the users are, for people to read
+    find: Callable[[str], tuple[int, str] | None]
+    insert: Callable[[str, str, str, str], int]
+    page: Callable[..., tuple[bytes, int | None]]
+    get: Callable[[int], bytes]
+    get_password: Callable[[int], str]
+    update: Callable[[int, str, str, str, Check | None], None]
+    delete: Callable[[int, Check | None], None]
+    replace_password: Callable[[int, str, str], bool]
+    count: Callable[[], int]
+    check: Callable[[], None]
+    initialise: Callable[[bool], None]
+    prepare: Callable[[], None]
+    expect: Callable[[], None]
+    backup: Callable[[str, Callable[[int, int], object]], None]
+    close: Callable[[], None]
+
+    def __init__(self, iterations: int, hashers: int) -> None:
         """Hash new passwords with so many iterations, at most `hashers` of them at once."""
-        self.database = database
         self._iterations = iterations
-        self.hashers = threading.BoundedSemaphore(hashers)
+        self._hashers = hashers
+        self._cores = threading.BoundedSemaphore(hashers)
+        # Nobody's password: to try one against it takes as long as against a user's.
+        self._nobody = 0, f"pbkdf2:sha256:{iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=functools.partial(_renew, weakref.ref(self)))
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
-        """Store a new user and return the id. Raise EmailTaken; Busy, if no core is free to hash the password."""
-        emails = (email, _fold(email))
-        if self.database.read(_TAKEN, emails):  # before the costly part; the statement itself decides once more
+        """Store a new user and return the id. Raise EmailTaken; Busy if no core is free to hash the password."""
+        if self.find(email):  # before the costly part; the insert itself decides once more
             raise EmailTaken
-        password_hash = self._hash(password)
-        with self.database.transaction() as connection:
-            cursor = connection.execute(_CREATE, (first_name, last_name, emails[1], password_hash, *emails))
+        with self._core():
+            password_hash = hash_password(password, self._iterations)
+        return self.insert(first_name, last_name, email, password_hash)
+
+    def list(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
+        """Yield all users behind an id, as page returns them: batch by batch, each a read of its own."""
+        more = True
+        while more:
+            users, after = self.page(BATCH, after, descending=descending)
+            more = after is not None
+            yield users
+
+    def verify(self, email: str, password: str) -> int:
+        """Return the id of the user whose email and password these are. Raise WrongPassword, Busy.
+
+        A hash that is weaker than a new one is made anew, now that the password is at hand.
+        """
+        user_id, password_hash = self.find(email) or self._nobody
+        new_hash = None
+        with self._core():
+            right = verify_password(password_hash, password)
+            if right and is_weak(password_hash, self._iterations):
+                new_hash = hash_password(password, self._iterations)
+        if not (right and user_id):
+            raise WrongPassword
+        if new_hash:
+            with contextlib.suppress(Unavailable):  # then another time
+                self.replace_password(user_id, password_hash, new_hash)
+        return user_id
+
+    def change_password(self, user_id: int, old_password: str, new_password: str) -> None:
+        """Give a user another password, if the old one is right. Raise NoSuchUser, WrongPassword, Busy."""
+        password_hash = self.get_password(user_id)
+        with self._core():
+            if not verify_password(password_hash, old_password):
+                raise WrongPassword
+            new_hash = hash_password(new_password, self._iterations)
+        if not self.replace_password(user_id, password_hash, new_hash):  # of two at once the second is too late
+            raise WrongPassword
+
+    def set_password(self, email: str, new_password: str) -> None:
+        """Give the user who has this email another password, whatever the old one is. Raise NoSuchUser."""
+        new_hash = hash_password(new_password, self._iterations)
+        while user := self.find(email):
+            if self.replace_password(*user, new_hash):
+                return
+        raise NoSuchUser
+
+    def renew(self) -> None:
+        """Hold nothing in a forked child that the parent's other threads held: nobody would release it there."""
+        self._cores = threading.BoundedSemaphore(self._hashers)
+
+    @contextlib.contextmanager
+    def _core(self) -> Iterator[None]:
+        """Hold one of the cores to hash on. Raise Busy."""
+        cores = self._cores
+        if not cores.acquire(timeout=HASH_TIMEOUT):
+            raise Busy("no core was free to hash a password")
+        try:
+            yield
+        finally:
+            cores.release()
+
+
+# Cast, for another program may have written anything: json_object takes no BLOB, and created_on may be a number.
+_USER = """json_object(
+    'id', id,
+    'first_name', CAST(first_name AS TEXT),
+    'last_name', CAST(last_name AS TEXT),
+    'email', CAST(email AS TEXT),
+    'created_on', CAST(created_on AS TEXT)
+)"""
+
+
+def _page(beyond: str, last: str, order: str, condition: str = "") -> str:
+    """Return the statement of a page: the users, the id of the last one, and whether there are more beyond it."""
+    return f"""
+WITH page AS (
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last
+    FROM (
+        SELECT id, {_USER} AS user FROM "user"
+        WHERE id > 0 AND id {beyond} :after {condition}
+        ORDER BY id {order} LIMIT :limit
+    )
+)
+SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id > 0 AND id {beyond} last {condition}) FROM page
+"""
+
+
+# A file that the tutorial's service made compares emails with case, unless it is told otherwise. It may hold two that
+# differ in case alone, whose users can still be updated; and another program may have given a user an id below 1, who
+# is nobody here.
+_HAS_EMAIL = "email COLLATE NOCASE = :email"
+_ASCENDING = _page(">", "max", "ASC")
+_DESCENDING = _page("<", "min", "DESC")
+_ASCENDING_BY_EMAIL = _page(">", "max", "ASC", f"AND {_HAS_EMAIL}")
+_DESCENDING_BY_EMAIL = _page("<", "min", "DESC", f"AND {_HAS_EMAIL}")
+_FIND = f"""
+SELECT id, password FROM "user" WHERE {_HAS_EMAIL} ORDER BY email COLLATE BINARY = :email DESC, id LIMIT 1
+"""
+_GET = f"""SELECT {_USER} FROM "user" WHERE id = :id AND id > 0"""
+_GET_PASSWORD = """SELECT password FROM "user" WHERE id = :id AND id > 0"""
+_INSERT = f"""
+INSERT INTO "user" (first_name, last_name, email, password)
+SELECT :first_name, :last_name, :email, :password_hash
+WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE {_HAS_EMAIL})
+"""
+_UPDATE = f"""
+UPDATE "user" SET first_name = :first_name, last_name = :last_name, email = :email
+WHERE id = :id AND id > 0 AND (
+    email COLLATE BINARY = :email
+    OR NOT EXISTS (SELECT 1 FROM "user" WHERE {_HAS_EMAIL} AND id <> :id)
+)
+"""
+_DELETE = """DELETE FROM "user" WHERE id = :id AND id > 0"""
+_REPLACE_PASSWORD = """
+UPDATE "user" SET password = :new_hash WHERE id = :id AND id > 0 AND CAST(password AS TEXT) = :old_hash
+"""
+_COUNT = """SELECT count(*) FROM "user" WHERE id > 0"""
+_CHECK = """SELECT id, first_name, last_name, email, password, created_on FROM "user" LIMIT 1"""
+_DROP = """DROP TABLE "user" """
+_EMAIL_INDEX = """
+SELECT 1
+FROM pragma_index_list('user') AS index_, pragma_index_xinfo(index_.name) AS column_
+WHERE column_.seqno = 0 AND column_.name = 'email' AND column_.coll = 'NOCASE' COLLATE NOCASE AND NOT index_.partial
+"""
+_CREATE_EMAIL_INDEX = """CREATE INDEX IF NOT EXISTS user_email ON "user" (email COLLATE NOCASE)"""
+
+
+class SQLiteUsers(Users):
+    """The users in an SQLite file. The database itself writes the JSON, so that a read builds nothing in Python."""
+
+    def __init__(self, path: str, iterations: int, hashers: int) -> None:
+        """Take the path of the file, and what Users takes. Raise ValueError for a database that is no file."""
+        super().__init__(iterations, hashers)
+        self._database = Database(path, _index_emails)
+        self.place = self._database.path
+
+    def find(self, email: str) -> tuple[int, str] | None:
+        """Return the id and the password's hash of the user who has this email, or else has it in another case."""
+        rows = self._database.read(_FIND, {"email": email})
+        return (rows[0][0], _utf8(rows[0][1]).decode()) if rows else None
+
+    def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
+        """Store a new user and return the id. Raise EmailTaken."""
+        fields = {"first_name": first_name, "last_name": last_name, "email": email, "password_hash": password_hash}
+        with self._database.transaction() as connection:
+            cursor = connection.execute(_INSERT, fields)
             if cursor.rowcount == 0:
                 raise EmailTaken
             return cursor.lastrowid or 0
 
-    def list(self, after: int = BEFORE_ALL) -> Iterator[bytes]:
-        """Yield the users after an id, as JSON objects with commas between: batch by batch, each a read of its own."""
-        while True:
-            try:
-                [(users,)] = self.database.read(_LIST, (after, BATCH))
-            except sqlite3.OperationalError as error:  # of a BLOB; to cast every cell takes some 5 % longer
-                if getattr(error, "sqlite_errorcode", SQLITE_ERROR) != SQLITE_ERROR:
-                    raise
-                [(users,)] = self.database.read(_LIST_CAST, (after, BATCH))
-            if users is None:
-                return
-            last = users[users.rindex(_ID) + len(_ID) :]  # no value holds that: there, a quote has a backslash
-            after = int(last[: last.index(b",")])
-            yield _utf8(users)
+    def page(
+        self, limit: int, after: int | None = None, email: str | None = None, descending: bool = False
+    ) -> tuple[bytes, int | None]:
+        """Return the first users behind an id, as JSON objects with commas between, by id or `descending`.
 
-    def page(self, limit: int, after: int = 0, email: str | None = None) -> tuple[bytes, int | None]:
-        """Return the first users after an id, and the id after which there are more, or None.
-
-        With an email, only the user who has it counts.
+        And the id behind which there are more, or None. With an email, only who has it counts.
         """
-        if email is None:
-            rows = self.database.read(_PAGE, (after, limit + 1))
+        if descending:
+            statement = _DESCENDING if email is None else _DESCENDING_BY_EMAIL
+            start: float = float("inf") if after is None else after
         else:
-            rows = self.database.read(_FIND, (email, _fold(email), after, limit + 1))
-        last = rows[limit - 1][0] if len(rows) > limit else None
-        return _utf8(b",".join(user for _, user in rows[:limit])), last
+            statement = _ASCENDING if email is None else _ASCENDING_BY_EMAIL
+            start = after or 0
+        [(users, last, more)] = self._database.read(statement, {"after": start, "limit": limit, "email": email})
+        return _utf8(users or b""), last if more else None
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
-        rows = self.database.read(_GET, (user_id,))
-        if not rows:
-            raise NoSuchUser
-        return _utf8(rows[0][0])
+        return _utf8(_only(self._database.read(_GET, {"id": user_id})))
 
-    def update(self, user_id: int, first_name: str, last_name: str, email: str) -> None:
-        """Give a user other names and another email. Raise NoSuchUser, EmailTaken."""
-        emails = (email, _fold(email))
-        with self.database.transaction() as connection:
-            parameters = (first_name, last_name, emails[1], user_id, *emails, *emails)
-            if connection.execute(_UPDATE, parameters).rowcount == 0:
-                raise EmailTaken if connection.execute(_EXISTS, (user_id,)).fetchone() else NoSuchUser
+    def get_password(self, user_id: int) -> str:
+        """Return the hash of a user's password. Raise NoSuchUser."""
+        return _utf8(_only(self._database.read(_GET_PASSWORD, {"id": user_id}))).decode()
 
-    def delete(self, user_id: int) -> None:
-        """Delete a user, if there is one with this id, which is never used again."""
-        with self.database.transaction() as connection:
-            connection.execute(_DELETE, (user_id,))
+    def update(self, user_id: int, first_name: str, last_name: str, email: str, check: Check | None = None) -> None:
+        """Give a user other names and another email. Raise NoSuchUser, EmailTaken, and what the check raises."""
+        fields = {"id": user_id, "first_name": first_name, "last_name": last_name, "email": email}
+        with self._database.transaction() as connection:
+            if check:
+                check(_utf8(_only(connection.execute(_GET, fields).fetchall())))
+            if connection.execute(_UPDATE, fields).rowcount == 0:
+                _only(connection.execute(_GET, fields).fetchall())
+                raise EmailTaken
+
+    def delete(self, user_id: int, check: Check | None = None) -> None:
+        """Delete a user, if there is one with this id, which is never used again. Raise what the check raises."""
+        with self._database.transaction() as connection:
+            if check:
+                rows = connection.execute(_GET, {"id": user_id}).fetchall()
+                check(_utf8(rows[0][0]) if rows else None)
+            connection.execute(_DELETE, {"id": user_id})
+
+    def replace_password(self, user_id: int, old_hash: str, new_hash: str) -> bool:
+        """Store another hash in place of this one; tell whether it was there to be replaced."""
+        fields = {"id": user_id, "old_hash": old_hash, "new_hash": new_hash}
+        with self._database.transaction() as connection:
+            return connection.execute(_REPLACE_PASSWORD, fields).rowcount > 0
 
     def count(self) -> int:
         """Return how many users there are."""
-        [(count,)] = self.database.read(_COUNT)
-        return int(count)
+        return int(_only(self._database.read(_COUNT, {})))
+
+    def check(self) -> None:
+        """Return if users can be read; else raise what is in the way."""
+        self._database.read(_CHECK, {})
 
     def initialise(self, force: bool) -> None:
         """Make the table. Raise TableInUse if it holds users, unless forced to drop them."""
-        with self.database.transaction() as connection:
-            [(count,)] = connection.execute(_COUNT)
+        with self._database.transaction() as connection:
+            count = _only(connection.execute(_COUNT).fetchall())
+            if count and not force:
+                raise TableInUse(f"the table holds {count_users(count)}: --force drops them, for good")
             if force:
                 connection.execute(_DROP)
-                connection.execute(read_schema())  # one statement: executescript would commit first
-            elif count:
-                raise TableInUse(count)
+                connection.execute(read_file("schema.sql").decode())  # one statement: executescript would commit first
 
-    def _hash(self, password: str) -> str:
-        if not self.hashers.acquire(timeout=HASH_TIMEOUT):
-            raise Busy("no core was free to hash a password")
-        try:
-            return hash_password(password, self._iterations)
-        finally:
-            self.hashers.release()
+    def prepare(self) -> None:
+        """Make ready what can be made ready before the first request."""
+        with contextlib.suppress(Unavailable), self._database.transaction():  # what may only be read is served, too
+            pass
+
+    def expect(self) -> None:
+        """Make no database from now on. Raise Unavailable if there is none."""
+        self._database.expect()
+
+    def backup(self, path: str, progress: Callable[[int, int], object]) -> None:
+        """Write a copy to a new file, and tell `progress` how much is left, and of how much. Raise OSError."""
+        self._database.copy(path, progress)
+
+    def close(self) -> None:
+        """Close the database. The next call of a method opens it again."""
+        self._database.close()
+
+    def renew(self) -> None:
+        """Begin anew in a forked child, as Users does."""
+        super().renew()
+        self._database.renew()
 
 
-def _fold(email: str) -> str:
-    """Return the email as it is stored: SQLite's NOCASE folds ASCII's letters, so the others are folded here."""
-    if email.isascii():
-        return email
-    return "".join(next(form for form in (c.casefold(), c.lower(), c) if len(form) == 1) for c in email)
+def _renew(reference: weakref.ref[Users]) -> None:
+    """Call renew of the users, if they are still there."""
+    if users := reference():
+        users.renew()
+
+
+def _index_emails(connection: sqlite3.Connection) -> None:
+    """Give a file that the tutorial's service made what to look emails up by without case."""
+    if not connection.execute(_EMAIL_INDEX).fetchall():
+        connection.execute(_CREATE_EMAIL_INDEX)
+
+
+def _only(rows: list[Any]) -> Any:
+    """Return the one column of the one row. Raise NoSuchUser if there is none."""
+    if not rows:
+        raise NoSuchUser
+    return rows[0][0]
 
 
 def _utf8(text: bytes) -> bytes:
@@ -424,20 +774,48 @@ def _utf8(text: bytes) -> bytes:
     return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
+def count_users(count: int) -> str:
+    """Return a number of users in words."""
+    return "1 user" if count == 1 else f"{count} users"
+
+
+def open_users(database: str, iterations: int) -> Users:
+    """Return the users in a database: the path of a file, or the URL of a server. Nothing is opened yet.
+
+    Raise ValueError for a database that cannot be; Unavailable.
+    """
+    hashers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "://" not in database:
+        return SQLiteUsers(database, iterations, hashers)
+    sys.modules.setdefault("profiler", sys.modules[__name__])  # run as a program, this module is not known by its name
+    try:
+        import profiler_sqlalchemy  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        extra = "mysql" if database.startswith(("mysql", "mariadb")) else "postgresql"
+        raise ValueError(f"a database by URL needs `pip install 'profiler-users[{extra}]'` ({error})") from None
+    users: Users = profiler_sqlalchemy.SQLAlchemyUsers(database, iterations, hashers)
+    return users
+
+
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 # What a request may ask and what a response is, whatever it is about.
 
-_OK = HTTPStatus.OK  # once: an enum is slow to find its members
+JSON = ("Content-Type", "application/json")
 _HEADERS = (  # of every response
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
 )
-_DIGITS = re.compile("[0-9]+")  # not \d, which takes the digits of every script
+_STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
+_LENGTH = re.compile("[0-9]{1,4000}")  # not \d, which takes the digits of every script; int() takes no more than 4300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # of JSON; the last one may lack its end
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # in JSON; without an end, it takes what is left
 _BRACKET = re.compile(rb"[\[{]")
+_ENTITY_TAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110 8.8.3
+
+
+NOTHING_HERE = "Nothing is here: the users are at /users/"
 
 
 class HTTPError(Exception):
@@ -447,20 +825,35 @@ class HTTPError(Exception):
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
+    def response(self) -> Response:
+        """Return what the client is answered."""
+        return self.status, to_json({"error": self.message}), (JSON, *self.headers)
+
 
 def to_json(value: object) -> bytes:
-    """Return the value as JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False).encode()
+    """Return the value as a line of JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def complete(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
+    """Return the response as PEP 3333 has it: the status line, all headers, the body."""
+    status, body, extra = response
+    if body is None:
+        return _STATUS_LINES[status], [*_HEADERS, *extra], (b"",)  # hypercorn waits for something to begin with
+    if isinstance(body, bytes):
+        return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", str(len(body)))], (body,)
+    return _STATUS_LINES[status], [*_HEADERS, *extra], body
 
 
 def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
     """Return the JSON object in the request's body. Raise HTTPError: 400, 408, 411, 413, 415."""
     _check_content_type(environ.get("CONTENT_TYPE", ""))
     body = _read_body(environ)
-    if len(_BRACKET.findall(_STRING.sub(b"", body))) > MAX_BRACKETS:  # before the parser, whose stack may be too small
+    if len(_BRACKET.findall(_STRING.sub(b"", body))) > MAX_BRACKETS:  # the parser would run out of its thread's stack
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body is nested too deeply: it may have {MAX_BRACKETS} brackets")
     try:
-        value = json.loads(body.decode(), parse_int=_parse_int, parse_constant=_refuse_constant)
+        # No field is a number. As floats, numbers of thousands of digits cost nothing.
+        value = json.loads(body.decode(), parse_int=float, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be UTF-8") from None
     except ValueError as error:
@@ -473,13 +866,18 @@ def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
 def read_fields(environ: WSGIEnvironment, names: Sequence[str]) -> list[str]:
     """Return the named fields of the JSON object in the body. Raise HTTPError: 400, or as read_object does."""
     fields = read_object(environ)
-    values: list[Any] = [fields.get(name) for name in names]
-    if not all(value.strip() if isinstance(value, str) else value for value in values):
+    values = [fields.get(name) for name in names]
+    if not all(str(value or "").strip() for value in values):
         raise HTTPError(HTTPStatus.BAD_REQUEST, "Required fields are missing")
-    for name, value in zip(names, values):
-        if problem := _problem(name, value):
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
-    return values
+    return [check_field(name, value) for name, value in zip(names, values)]
+
+
+def check_field(name: str, value: object) -> str:
+    """Return the value of a field, if it is what it must be. Raise HTTPError: 400, and begin with the field's name."""
+    problem = _find_problem(name, value)
+    if problem:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
+    return str(value)
 
 
 def read_query(environ: WSGIEnvironment) -> dict[str, str]:
@@ -488,35 +886,80 @@ def read_query(environ: WSGIEnvironment) -> dict[str, str]:
     return dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
 
 
+def read_number(text: str, name: str, low: int, high: int) -> int:
+    """Return the number that a parameter of the query gives. Raise HTTPError: 400."""
+    if not _LENGTH.fullmatch(text) or not low <= int(text) <= high:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} must be a number from {low} to {high}")
+    return int(text)
+
+
 def parse_length(text: str) -> int:
     """Return the number of bytes that a Content-Length announces (RFC 9110 8.6). Raise HTTPError: 400."""
-    if not _DIGITS.fullmatch(text):
+    if not _LENGTH.fullmatch(text):
         raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length must be a number in decimal digits")
-    return int(text.lstrip("0")[:19] or "0")  # past every limit after so many digits; int() refuses thousands of them
+    return int(text)
+
+
+def make_entity_tag(body: bytes) -> str:
+    """Return the strong ETag of a body: the same wherever and whenever it is the same (RFC 9110 8.8.3)."""
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
+def check_preconditions(environ: WSGIEnvironment, body: bytes | None) -> bool:
+    """Tell whether a GET would bring the client only what it has: the body, or None if there is none (RFC 9110 13.2.2).
+
+    Raise HTTPError: 412 if the client does not want the request to be met as things are.
+    """
+    if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
+    entity_tag = None if body is None else make_entity_tag(body)
+    if if_match is not None and not _matches(if_match, entity_tag, strongly=True):
+        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user has changed since: get it again, then decide")
+    if if_none_match is None or not _matches(if_none_match, entity_tag, strongly=False):
+        return False
+    if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user is one that If-None-Match rules out")
+    return True
+
+
+def _matches(field: str, entity_tag: str | None, strongly: bool) -> bool:
+    """Tell whether a list of ETags has this one. Strongly, a weak one has no match (RFC 9110 8.8.3.2)."""
+    if entity_tag is None:
+        return False
+    if field.strip() == "*":
+        return True
+    return any(tag == entity_tag and not (weak and strongly) for weak, tag in _ENTITY_TAG.findall(field))
 
 
 def _check_content_type(content_type: str) -> None:
-    media_type, *parameters = content_type.lower().split(";")
-    named = [parameter.replace('"', "").split("=", 1) for parameter in parameters]
-    is_utf8 = all(value.strip() == "utf-8" for name, *values in named if name.strip() == "charset" for value in values)
-    if media_type.strip() != "application/json" or not is_utf8:
+    media_type, *parameters = (part.strip() for part in content_type.lower().replace('"', "").split(";"))
+    charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
+    if media_type != "application/json" or not charsets <= {"charset=utf-8"}:
         raise HTTPError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send the body as Content-Type: application/json, in UTF-8")
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
-    """Return the body, whose end is told by Content-Length or, where the server says that it is, by the stream."""
+    """Return the body. Its end is told by Content-Length or, where the server says that it is, by the stream."""
+    stream, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH", "")
     chunked = "HTTP_TRANSFER_ENCODING" in environ
-    terminated = environ.get("wsgi.input_terminated", False)
-    if chunked and not terminated:
+    if length and not chunked:
+        size = parse_length(length)
+        _check_size(size)
+        body = _read(stream, size)
+        if len(body) < size:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
+        return body
+    if environ.get("wsgi.input_terminated", False):
+        body = _read(stream, MAX_BODY + 1)
+        _check_size(len(body))
+        return body
+    if chunked:
         raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-    text = "" if chunked else environ.get("CONTENT_LENGTH", "")
-    size = parse_length(text) if text else MAX_BODY + 1 if terminated else 0
-    body = b"" if text and size > MAX_BODY else _read(environ["wsgi.input"], size)
-    if size > MAX_BODY and (text or len(body) == size):
+    return b""
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BODY:
         raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
-    if text and len(body) < size:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
-    return body
 
 
 def _read(stream: InputStream, size: int) -> bytes:
@@ -533,145 +976,216 @@ def _read(stream: InputStream, size: int) -> bytes:
     return b"".join(chunks)
 
 
-def _parse_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
-    return int(digits)
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _problem(name: str, value: object) -> str | None:
+def _find_problem(name: str, value: object) -> str | None:
     """Tell what is wrong with the value of a field, if anything."""
     if not isinstance(value, str):
         return "must be a string"
     if _SURROGATE.search(value):
         return "must not contain a lone surrogate"
-    if name == "password":
+    if name.endswith("password"):
         return "must not contain the NUL character" if "\0" in value else None
     if _CONTROL.search(value):
         return "must not contain control characters"
     if name == "email" and not (_EMAIL.fullmatch(value) and len(value) <= MAX_EMAIL):
         return f"must be an address such as harry@example.com, of at most {MAX_EMAIL} characters"
+    if name.endswith("name") and len(value) > MAX_NAME:
+        return f"must have at most {MAX_NAME} characters"
     return None
 
 
 # -- endpoints ---------------------------------------------------------------------------------------------------------
-# Each takes the users, the request and, if its path has one, the digits of a user's id. Each raises HTTPError for a bad
-# request, and what the users raise.
+# Each takes the users, the request and, if its path has one, the id of a user. Each raises HTTPError for a bad request,
+# and what the users raise. ROUTES, below them, is their summary.
 
 _PROFILE = ("first_name", "last_name", "email")
+_SORTS = {"id": False, "-id": True}  # the value of sort, and whether it is descending: JSON:API's spelling
 
 
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
     """Answer 201 with the new id, and where the user is to be found."""
     user_id = users.create(*read_fields(environ, (*_PROFILE, "password")))
-    return HTTPStatus.CREATED, to_json({"id": user_id}), (("Location", _url(environ, f"{user_id}/")),)
+    return HTTPStatus.CREATED, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with an array of all users, or of those that the query's limit, after and email ask for."""
+    """Answer 200 with an array of all users, or of those that the query's limit, after, email and sort ask for."""
     query = read_query(environ)
-    limit, after = _number(query, "limit", 1, MAX_LIMIT), _number(query, "after", 0, MAX_ID)
-    email = query.get("email")
-    if email is not None and (problem := _problem("email", email)):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"email {problem}")
+    limit = read_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
+    after = read_number(query["after"], "after", 0, MAX_ID) if "after" in query else None
+    email = check_field("email", query["email"]) if "email" in query else None
+    sort = query.get("sort", "id")
+    if sort not in _SORTS:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, "sort must be id or -id")
+    page, last = users.page(limit or BATCH, after, email, _SORTS[sort])
+    if last is None:
+        return HTTPStatus.OK, b"[%b]\n" % page, (JSON,)
     if limit is None and email is None:
-        return _stream(users.list(BEFORE_ALL if after is None else after))
-    page, last = users.page(limit or MAX_LIMIT, after or 0, email)
-    following = {"limit": limit or MAX_LIMIT, "after": last, **({"email": email} if email else {})}
-    link = ("Link", f'<{_url(environ)}?{urlencode(following)}>; rel="next"')  # RFC 8288
-    return _OK, b"[%b]" % page, () if last is None else (link,)
+        return HTTPStatus.OK, _array(page, users.list(last, _SORTS[sort])), (JSON,)
+    following = {
+        "limit": limit or BATCH,
+        "after": last,
+        **{name: query[name] for name in query if name in ("email", "sort")},
+    }
+    link = f'<{_url(environ, "users/")}?{urlencode(following)}>; rel="next"'  # RFC 8288
+    return HTTPStatus.OK, b"[%b]\n" % page, (JSON, ("Link", link))
 
 
-def get_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
-    """Answer 200 with the user."""
-    return _OK, users.get(_user_id(digits)), ()
+def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
+    """Answer 200 with the user; 304 if the client has it already."""
+    user = users.get(user_id) + b"\n"
+    entity_tag = ("ETag", make_entity_tag(user))
+    if _has_preconditions(environ) and check_preconditions(environ, user):
+        return HTTPStatus.NOT_MODIFIED, None, (entity_tag,)
+    return HTTPStatus.OK, user, (JSON, entity_tag)
 
 
-def update_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
+def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 200 with the id. A password in the body is ignored, as any other field is."""
-    user_id = _user_id(digits)
-    users.update(user_id, *read_fields(environ, _PROFILE))
-    return _OK, to_json({"id": user_id}), ()
+    first_name, last_name, email = read_fields(environ, _PROFILE)
+    users.update(user_id, first_name, last_name, email, _check(environ))
+    return HTTPStatus.OK, to_json({"id": user_id}), (JSON,)
 
 
-def delete_user(users: Users, environ: WSGIEnvironment, digits: str) -> Response:
+def delete_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 204, whether the user existed or not."""
-    users.delete(_user_id(digits))
+    users.delete(user_id, _check(environ))
     return HTTPStatus.NO_CONTENT, None, ()
 
 
-def _stream(batches: Iterator[bytes]) -> Response:
-    """Return an array that is sent as it is read, unless one batch is all of it."""
-    first = list(itertools.islice(batches, 2))
-    if len(first) < 2:
-        return _OK, b"[%b]" % b"".join(first), ()
-    return _OK, _array(itertools.chain(first, batches)), ()
+def change_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
+    """Answer 204 if the old password was right."""
+    users.change_password(user_id, *read_fields(environ, ("old_password", "new_password")))
+    return HTTPStatus.NO_CONTENT, None, ()
 
 
-def _array(batches: Iterable[bytes]) -> Iterator[bytes]:
-    start = b"["
-    for batch in batches:
-        yield start + batch
-        start = b","
-    yield b"]"
+def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 200 with the id of the user who has this email and this password; 403 alike for either that is wrong.
+
+    Not 401, which would ask for another token (RFC 9110 15.5.2).
+    """
+    try:
+        user_id = users.verify(*read_fields(environ, ("email", "password")))
+    except WrongPassword:
+        raise HTTPError(HTTPStatus.FORBIDDEN, "Wrong email or password") from None
+    return HTTPStatus.OK, to_json({"id": user_id}), (JSON,)
 
 
-def _url(environ: WSGIEnvironment, rest: str = "") -> str:
-    """Return the path of the users, or of one, below the mount point."""
-    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-    return "/" + f"{mount_point}/users/{rest}".lstrip("/")  # two slashes would lead to another host
+def get_health(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 200 if users can be read. Raise Unavailable, whatever is in the way."""
+    try:
+        users.check()
+    except Exception as error:
+        raise Unavailable(str(error)) from error
+    return HTTPStatus.OK, to_json({"status": "ok"}), (JSON,)
 
 
-def _number(query: dict[str, str], name: str, low: int, high: int) -> int | None:
-    """Return the number that a parameter of the query gives, if it does. Raise HTTPError: 400."""
-    text = query.get(name)
-    if text is None:
-        return None
-    if not _DIGITS.fullmatch(text) or len(text) > len(str(high)) or not low <= int(text) <= high:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} must be a number from {low} to {high}")
-    return int(text)
+def get_page(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 200 with index.html, if it lies beside this module; the mount point without its slash leads to it."""
+    page, policy = _read_page()
+    if not environ.get("PATH_INFO"):
+        return HTTPStatus.PERMANENT_REDIRECT, None, (("Location", _url(environ)),)
+    return HTTPStatus.OK, page, (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy))
 
 
-def _user_id(digits: str) -> int:
-    if len(digits) > MAX_ID_DIGITS or (user_id := int(digits)) > MAX_ID:
-        raise NoSuchUser
-    return user_id
+def get_document(users: Users, environ: WSGIEnvironment) -> Response:
+    """Answer 200 with openapi.json, if it lies beside this module."""
+    return HTTPStatus.OK, _read_optional("openapi.json"), (JSON,)
 
 
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
     (re.compile("/users/([0-9]+)/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
+    (re.compile("/users/([0-9]+)/password/?"), {"PUT": change_password}),
+    (re.compile("/users/verify/?"), {"POST": verify_user}),
+    (re.compile("/health/?"), {"GET": get_health}),
+    (re.compile("/?"), {"GET": get_page}),
+    (re.compile("/openapi[.]json"), {"GET": get_document}),
 )
+OPEN = re.compile("/health/?|/?|/openapi[.]json")  # the paths that ask for no token: there is nothing secret in them
+
+
+def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield an array that is sent as it is read, page by page."""
+    yield b"[" + page
+    for page in more:
+        if page:  # the last users may have gone since
+            yield b"," + page
+    yield b"]\n"
+
+
+def _has_preconditions(environ: WSGIEnvironment) -> bool:
+    return "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ
+
+
+def _check(environ: WSGIEnvironment) -> Check | None:
+    """Return what judges the request's preconditions by the user as it is when it is written."""
+    if not _has_preconditions(environ):
+        return None
+    return lambda user: check_preconditions(environ, None if user is None else user + b"\n")
+
+
+def _url(environ: WSGIEnvironment, rest: str = "") -> str:
+    """Return the path of what is served below the mount point."""
+    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+    return "/" + f"{mount_point}/{rest}".lstrip("/")  # two slashes would lead to another host
+
+
+def has_page() -> bool:
+    """Tell whether there is a page to open in a browser."""
+    with contextlib.suppress(HTTPError):
+        return bool(_read_page())
+    return False
+
+
+@functools.cache
+def _read_page() -> tuple[bytes, str]:
+    """Return the page and the policy that lets a browser run its script, and use its style, and no others."""
+    page = _read_optional("index.html")
+    sources = {}
+    for name in ("script", "style"):
+        [text] = re.findall(b"<%b>(.*?)</%b>" % (name.encode(), name.encode()), page, re.DOTALL)
+        sources[name] = base64.b64encode(hashlib.sha256(text).digest()).decode()
+    return page, (
+        f"default-src 'none'; script-src 'sha256-{sources['script']}'; style-src 'sha256-{sources['style']}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+@functools.cache
+def _read_optional(name: str) -> bytes:
+    """Return a file that may lie beside this module. Raise HTTPError: 404."""
+    try:
+        return read_file(name)
+    except OSError:
+        raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE) from None
 
 
 # -- application -------------------------------------------------------------------------------------------------------
 # PEP 3333. Here alone errors become responses, and tracebacks are written.
 
-_ERRORS = {
+_ERRORS: dict[type[Exception], HTTPError] = {
     EmailTaken: HTTPError(HTTPStatus.BAD_REQUEST, "This email is already registered"),
     NoSuchUser: HTTPError(HTTPStatus.NOT_FOUND, "Invalid user id"),
+    WrongPassword: HTTPError(HTTPStatus.FORBIDDEN, "Wrong password"),
     Busy: HTTPError(
         HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again", ("Retry-After", str(RETRY_AFTER))
     ),
-}
-# What may pass, or be mended. Any other code is somebody's mistake.
-_SQLITE_ERRORS = {
-    SQLITE_BUSY: _ERRORS[Busy],
-    SQLITE_LOCKED: _ERRORS[Busy],
-    SQLITE_PROTOCOL: _ERRORS[Busy],
-    SQLITE_READONLY: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database is read-only"),
-    SQLITE_IOERR: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database failed"),
-    SQLITE_FULL: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The disk of the database is full"),
-    SQLITE_CANTOPEN: HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "The database cannot be opened"),
+    Unavailable: HTTPError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The database cannot be used now: its operator finds the reason in the log",
+        ("Retry-After", str(RETRY_AFTER)),
+    ),
 }
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
-_STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
-_JSON_HEADERS = (*_HEADERS, ("Content-Type", "application/json"))
-_BEARER = ("WWW-Authenticate", "Bearer")  # RFC 6750 3
+_UNAUTHORIZED = HTTPError(
+    HTTPStatus.UNAUTHORIZED,
+    "Send the header Authorization: Bearer TOKEN",
+    ("WWW-Authenticate", "Bearer"),  # RFC 6750 3
+)
 _VISIBLE = re.compile("[!-~]+")
 
 
@@ -679,7 +1193,9 @@ class Application:
     """The WSGI callable. Make it with create_app; any number of threads may call it."""
 
     def __init__(self, users: Users, token: str | None) -> None:
-        """Serve these users, to whoever sends the token, if there is one."""
+        """Serve these users, to whoever sends the token, if there is one. Raise ValueError if it is too short."""
+        if token is not None and not (len(token) >= MIN_TOKEN and _VISIBLE.fullmatch(token)):
+            raise ValueError(f"the token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
         self.users = users
         self.token = None if token is None else token.encode()
 
@@ -693,32 +1209,34 @@ class Application:
 
     def close(self) -> None:
         """Close the database. The next request opens it again."""
-        self.users.database.close()
+        self.users.close()
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
         """Return the response of the path's handler for the method. Raise what it raises; HTTPError: 401, 404, 405."""
-        if self.token is not None and not _carries(self.token, environ.get("HTTP_AUTHORIZATION", "")):
-            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", _BEARER)
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
+        if self.token and not (OPEN.fullmatch(path) or _carries(self.token, environ.get("HTTP_AUTHORIZATION", ""))):
+            raise _UNAUTHORIZED
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
                 if handler := handlers.get("GET" if method == "HEAD" else method):
-                    return handler(self.users, environ, *match.groups())
-                allow = ("Allow", ", ".join(sorted((*handlers, "HEAD", "OPTIONS"))))
+                    return handler(self.users, environ, *map(_read_id, match.groups()))
+                allow = ("Allow", ", ".join(sorted([*handlers, "OPTIONS"] + ["HEAD"] * ("GET" in handlers))))
                 if method == "OPTIONS":
                     return HTTPStatus.NO_CONTENT, None, (allow,)
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
-        raise HTTPError(HTTPStatus.NOT_FOUND, "Nothing is here: the users are at /users/")
+        if method == "OPTIONS" and path == "*":  # asks the server as a whole: RFC 9110 9.3.7
+            return HTTPStatus.NO_CONTENT, None, ()
+        raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE)
 
 
 def create_app(
     database: str | os.PathLike[str] | None = None, *, iterations: int = ITERATIONS, token: str | None = None
 ) -> Application:
-    """Return a WSGI application on a database: a path, else PROFILER_DATABASE, else db.sqlite3 in the current folder.
+    """Return a WSGI application on a database: a path or a URL, else PROFILER_DATABASE, else ./db.sqlite3.
 
     The file is made at the first request. `iterations` are those of PBKDF2 for new passwords. With a token, else with
     PROFILER_TOKEN, every request must carry it (RFC 6750); without, all are let in.
-    Raise ValueError for a database that is no file, iterations outside 1..MAX_ITERATIONS, a token that is too short.
+    Raise ValueError for a database that cannot be, iterations outside 1..MAX_ITERATIONS, a token that is too short.
     """
     if not 1 <= iterations <= MAX_ITERATIONS:
         raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
@@ -726,9 +1244,7 @@ def create_app(
         database = os.environ.get("PROFILER_DATABASE") or DATABASE
     if token is None:
         token = os.environ.get("PROFILER_TOKEN")
-    if token is not None and not (len(token) >= MIN_TOKEN and _VISIBLE.fullmatch(token)):
-        raise ValueError(f"the token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
-    return Application(Users(Database(os.fspath(database)), iterations, _cores()), token)
+    return Application(open_users(os.fspath(database), iterations), token)
 
 
 @functools.cache
@@ -740,7 +1256,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
     """Answer as create_app() does, which is called at the first request: to import this module reads nothing."""
     try:
         default_app = _default_app()
-    except ValueError as error:
+    except Exception as error:  # a setting that cannot be: let nobody in, and tell the operator
         return _send(_error_response(error, environ), environ, start_response)
     return default_app(environ, start_response)
 
@@ -750,12 +1266,16 @@ app = application
 
 def _send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Start the response and return its body."""
-    status, body, extra = response
-    if isinstance(body, bytes):
-        start_response(_STATUS_LINES[status], [*_JSON_HEADERS, ("Content-Length", str(len(body))), *extra])
-        return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
-    start_response(_STATUS_LINES[status], [*(_HEADERS if body is None else _JSON_HEADERS), *extra])
-    return () if body is None or environ["REQUEST_METHOD"] == "HEAD" else body
+    status, headers, body = complete(response)
+    start_response(status, headers)
+    return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
+
+
+def _read_id(digits: str) -> int:
+    """Return the id that a path gives. Raise NoSuchUser for one that nobody can have."""
+    if len(digits) > len(str(MAX_ID)) or int(digits) > MAX_ID:
+        raise NoSuchUser
+    return int(digits)
 
 
 def _carries(token: bytes, authorization: str) -> bool:
@@ -767,305 +1287,105 @@ def _carries(token: bytes, authorization: str) -> bool:
 
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return what to tell the client; write to wsgi.errors what to tell the operator."""
-    answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error))
-    if isinstance(error, sqlite3.OperationalError):
-        # Python 3.9 and 3.10 do not tell the code: there, whatever it is may pass.
-        answer = _SQLITE_ERRORS.get(getattr(error, "sqlite_errorcode", SQLITE_BUSY) & 0xFF)
+    answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error), _INTERNAL_ERROR)
     with contextlib.suppress(OSError):  # a log that cannot be written to
-        if answer is None:
+        if answer is _INTERNAL_ERROR:
             traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
         elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
-    answer = answer or _INTERNAL_ERROR
-    return answer.status, to_json({"error": answer.message}), answer.headers
+    return answer.response()
 
 
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# -- server ------------------------------------------------------------------------------------------------------------
-# wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
-# wait, and a reader that refuses, and closes, wherever a proxy in front might read the same bytes otherwise (RFC 9112
-# 11.2). It serves the Application above, which takes no body past MAX_BODY and starts each response once.
+# -- server: parsing ---------------------------------------------------------------------------------------------------
+# From bytes to an environ, without a socket. What a proxy in front might read otherwise than this server is refused
+# (RFC 9112 11.2): http.server's own parser, which lets much of it through, is not used.
 
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)\r\n" % _NAME)  # RFC 9112 3
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)" % _NAME)  # RFC 9112 3
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
-_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)\r\n" % _NAME)
-_AUTHORITY = re.compile(r"https?://[^/?#]+", re.IGNORECASE)  # of an absolute target: RFC 9112 3.2.2
+_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
+_HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
-_BASE_ENVIRON: dict[str, Any] = {  # PEP 3333
-    "wsgi.version": (1, 0),
-    "wsgi.url_scheme": "http",
-    "wsgi.multithread": True,
-    "wsgi.multiprocess": True,
-    "wsgi.run_once": False,
-}
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ABSOLUTE = re.compile(rf"https?://({_HOST.pattern})(.*)", re.IGNORECASE)  # RFC 9112 3.2.2
+_LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 
 
-class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """An HTTP server for an Application. An instance may have other timeouts, and another limit of connections."""
+def parse_head(head: bytes) -> WSGIEnvironment:
+    """Return what the head of a request says, under PEP 3333's names. `head` ends with its empty line.
 
-    daemon_threads = True
-    request_queue_size = max_connections = MAX_CONNECTIONS
-    idle_timeout, head_timeout, body_timeout = IDLE_TIMEOUT, HEAD_TIMEOUT, BODY_TIMEOUT
-    send_timeout, drain_timeout = SEND_TIMEOUT, DRAIN_TIMEOUT
-
-    def __init__(self, host: str, port: int, app: Application, access_log: bool = True) -> None:
-        """Listen on the first of the host's addresses. Raise OSError if that cannot be."""
-        self.address_family, _, _, _, address = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)[0]
-        self.app = app
-        self.access_log = access_log
-        self.draining = False
-        self.supervisor: int | None = None  # the process that this one is a worker of
-        self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
-        self._closed = threading.Condition()
-        super().__init__((str(address[0]), int(address[1])), RequestHandler)
-        self.socket.setblocking(False)  # another worker may have been quicker to accept
-
-    def server_bind(self) -> None:
-        """Bind the socket, without asking a name service what this host is called."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-        self.base_environ.update(_BASE_ENVIRON)
-
-    def service_actions(self) -> None:
-        """End a worker whose supervisor was killed."""
-        if self.supervisor not in (None, os.getppid()):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def get_request(self) -> Any:
-        """Accept a connection. Raise OSError: after a pause if the system is out of means, such as files to open."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                time.sleep(POLL_INTERVAL)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread: also one too many, to be told so, as long as there are not many of those."""
-        self.connections[request] = False
-        try:
-            if len(self.connections) > self.max_connections + MAX_REFUSALS:
-                raise RuntimeError("too many connections even to be told")
-            super().process_request(request, client_address)
-        except RuntimeError:  # also threading's own, where the system has no more threads
-            self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection and forget it."""
-        super().shutdown_request(request)
-        with self._closed:
-            self.connections.pop(request, None)
-            self._closed.notify_all()
-
-    def drain(self) -> None:
-        """Accept no more, end the idle connections, and wait for the others, up to drain_timeout."""
-        self.draining = True
-        self.socket.close()
-        for request, answering in list(self.connections.items()):
-            if not answering:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
-        with self._closed:
-            self._closed.wait_for(lambda: not self.connections, self.drain_timeout)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Write the traceback of what nobody expected to stderr, in one piece."""
-        sys.stderr.write(traceback.format_exc())
+    Raise HTTPError for what is not plainly HTTP/1: 400, 411, 414, 417, 431, 501, 505.
+    """
+    check_head_size(head)
+    lines = head.removeprefix(b"\r\n").removesuffix(b"\r\n\r\n").split(b"\r\n")  # RFC 9112 2.2: one may go before
+    environ, authority = _parse_request_line(lines[0])
+    if len(lines) > MAX_FIELDS + 1:
+        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_FIELDS} headers")
+    for line in lines[1:]:
+        _add_field(environ, line)
+    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
+    environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
+    _check_framing(environ)
+    if authority:  # of an absolute target: it goes before the Host (RFC 9112 3.2.2)
+        environ["HTTP_HOST"] = authority
+    return environ
 
 
-class RequestHandler(WSGIRequestHandler):
-    """One connection: its requests, one after another."""
-
-    server: Server
-
-    def setup(self) -> None:
-        """Prepare to receive within deadlines, and to send without delay."""
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.receiver = _Receiver(self.connection)
-        self.stream = io.BufferedReader(self.receiver)
-        self.close_connection = False
-        self.requestline = ""
-
-    def handle(self) -> None:
-        """Answer requests until either side wants no more."""
-        with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
-            if len(self.server.connections) > self.server.max_connections:
-                self._refuse(_ERRORS[Busy])
-            while not self.close_connection:
-                self.handle_one_request()
-            self._linger()
-
-    def finish(self) -> None:
-        """Leave it to the server to close the connection."""
-
-    def handle_one_request(self) -> None:
-        """Read a request and answer it. Raise OSError if the client is not there."""
-        self.receiver.set_timeout(self.server.idle_timeout)
-        if not self.stream.peek(1):
-            self.close_connection = True
-            return
-        self.receiver.set_timeout(self.server.head_timeout)
-        self.requestline = ""
-        try:
-            environ = self._read_head()
-            self.server.connections[self.connection] = True
-            self.receiver.set_timeout(self.server.body_timeout)
-            environ["wsgi.input"] = io.BytesIO(self._read_body(environ))
-        except socket.timeout:
-            self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
-        except HTTPError as error:
-            self._refuse(error)
-        else:
-            self._answer(environ)
-            self.server.connections[self.connection] = False
-            if self.server.draining:  # perhaps too late for the response to say that it is the last
-                self.close_connection = True
-
-    def send(self, message: bytes) -> None:
-        """Send it all, however slowly the client reads, as long as it does read. Raise OSError if not."""
-        self.connection.settimeout(self.server.send_timeout)
-        view = memoryview(message)
-        while view:
-            view = view[self.connection.send(view) :]
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Write a line in Common Log Format to stderr."""
-        if self.server.access_log:
-            with contextlib.suppress(OSError):
-                request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
-                moment = _clock(int(time.time()))[1]
-                sys.stderr.write(f'{self.client_address[0]} - - [{moment}] "{request}" {int(code)} {size}\n')
-
-    def _read_head(self) -> WSGIEnvironment:
-        """Return the environ of the next request. Raise HTTPError for what is not plainly HTTP/1; socket.timeout."""
-        line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
-        if line == b"\r\n":  # RFC 9112 2.2: one left behind by the request before is passed over
-            line = self._read_line(MAX_REQUEST_LINE, HTTPStatus.REQUEST_URI_TOO_LONG)
-        self.requestline = line.decode("latin-1").rstrip("\r\n")
-        environ = {**self.server.base_environ, **_parse_request_line(line), "REMOTE_ADDR": self.client_address[0]}
-        left = MAX_HEAD - len(line)
-        for count in itertools.count():
-            line = self._read_line(left, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            if line == b"\r\n":
-                break
-            if count == MAX_FIELDS:
-                raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_FIELDS} headers")
-            _add_field(environ, line)
-            left -= len(line)
-        environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
-        environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
-        _check_framing(environ)
-        return environ
-
-    def _read_line(self, limit: int, status: HTTPStatus) -> bytes:
-        line = self.stream.readline(limit + 1)
-        if len(line) > limit:
-            raise HTTPError(status, f"Send a request line of at most {MAX_REQUEST_LINE} bytes, a head of {MAX_HEAD}")
-        return line
-
-    def _refuse(self, error: HTTPError) -> None:
-        """Answer with an error, as the last thing on this connection."""
-        self.close_connection = True
-        self.send(_error_message(error))
-        self.log_request(error.status)
-
-    def _read_body(self, environ: WSGIEnvironment) -> bytes:
-        """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
-        length = parse_length(environ["CONTENT_LENGTH"] or "0")
-        if length > MAX_BODY:
-            self.close_connection = True
-            return b""
-        if length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
-        body = self.stream.read(length)
-        if len(body) < length:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
-        return body
-
-    def _answer(self, environ: WSGIEnvironment) -> None:
-        """Send what the application answers (PEP 3333). If that fails midway, the response has no proper end."""
-        environ["wsgi.errors"] = sys.stderr
-        started: list[Any] = []
-        result = self.server.app(environ, lambda *arguments: started.extend(arguments))  # type: ignore[arg-type]
-        status, headers = started
-        size = 0
-        try:
-            head, chunked = self._make_head(status, headers, environ)
-            for part in filter(None, result):
-                self.send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))  # RFC 9112 7.1
-                head = b""
-                size += len(part)
-            self.send(head + (b"0\r\n\r\n" if chunked else b""))
-        finally:
-            self.log_request(status[:3], size)
-
-    def _make_head(self, status: str, headers: list[Any], environ: WSGIEnvironment) -> tuple[bytes, bool]:
-        """Return the head of a response, and whether its body is chunked. Settle whether the connection goes on."""
-        modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-        bodiless = environ["REQUEST_METHOD"] == "HEAD" or status.startswith("204")
-        chunked = modern and not bodiless and "Content-Length" not in dict(headers)
-        if chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
-        options = environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(",")
-        if self.close_connection or not modern or "close" in options or self.server.draining:
-            self.close_connection = True
-            headers.append(("Connection", "close"))
-        return _head(status, headers), chunked
-
-    def _linger(self) -> None:
-        """Read on for a while (RFC 9112 9.6): if bytes are unread at the close, TCP takes the answer back."""
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline, left = time.monotonic() + self.server.body_timeout, MAX_LINGER
-        self.connection.settimeout(LINGER_TIMEOUT)
-        while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(MAX_BODY)):
-            left -= len(received)
+def check_head_size(head: bytes) -> None:
+    """Return if a head, or what there is of it, may be that long. Raise HTTPError: 414, 431."""
+    if len(head) > MAX_REQUEST_LINE and b"\n" not in head.removeprefix(b"\r\n")[:MAX_REQUEST_LINE]:
+        raise HTTPError(HTTPStatus.REQUEST_URI_TOO_LONG, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
+    if len(head) > MAX_HEAD:
+        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send a head of at most {MAX_HEAD} bytes")
 
 
-class _Receiver(io.RawIOBase):
-    """The receiving side of a socket, with a deadline for the sum of all waits."""
+def check_local_host(environ: WSGIEnvironment) -> None:
+    """Return if the request is for a name of this machine's loopback. Raise HTTPError: 421.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._deadline = 0.0
-
-    def set_timeout(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("the deadline has passed")
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
+    A web page whose own name was made to lead to 127.0.0.1 can send requests here, but under its own name alone.
+    """
+    host = environ.get("HTTP_HOST")
+    if host is not None and not _LOCAL_HOST.fullmatch(host):
+        raise HTTPError(
+            HTTPStatus.MISDIRECTED_REQUEST,  # RFC 9110 15.5.20
+            "Send the Host localhost or 127.0.0.1; for others the server needs a token, or --anonymous",
+        )
 
 
-def _parse_request_line(line: bytes) -> WSGIEnvironment:
-    """Return what the first line of a request says. Raise HTTPError: 400, 505."""
+def wants_close(environ: WSGIEnvironment) -> bool:
+    """Tell whether the request is its connection's last (RFC 9112 9.3): HTTP/1.0's always is, here."""
+    options = {option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")}
+    return environ["SERVER_PROTOCOL"] != "HTTP/1.1" or "close" in options
+
+
+def format_head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return the head of a response."""
+    lines = [f"HTTP/1.1 {status}", f"Date: {_http_date(int(time.time()))}", f"Server: profiler/{__version__}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+
+
+def _parse_request_line(line: bytes) -> tuple[WSGIEnvironment, str]:
+    """Return what the first line says, and the authority of a target that has one. Raise HTTPError: 400, 505."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise HTTPError(HTTPStatus.BAD_REQUEST, "The request line must be `METHOD /path HTTP/1.1`")
     method, target, version = (part.decode("latin-1") for part in match.groups())
     if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
         raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Speak HTTP/1.1 or HTTP/1.0")
+    authority = ""
     if target[0] != "/" and target != "*":
-        authority = _AUTHORITY.match(target)
-        if not authority:
+        absolute = _ABSOLUTE.fullmatch(target)
+        if not absolute:
             raise HTTPError(HTTPStatus.BAD_REQUEST, "The request target must be a path")
-        target = target[authority.end() :]
+        authority, target = absolute.groups()
     path, _, query = target.partition("?")
-    path = unquote(path, "latin-1")
-    return {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "SERVER_PROTOCOL": f"HTTP/{version}"}
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": unquote(path, "latin-1"),
+        "QUERY_STRING": query,
+        "SERVER_PROTOCOL": f"HTTP/{version}",
+    }
+    return environ, authority
 
 
 def _add_field(environ: WSGIEnvironment, line: bytes) -> None:
@@ -1088,10 +1408,10 @@ def _add_field(environ: WSGIEnvironment, line: bytes) -> None:
 
 def _check_framing(environ: WSGIEnvironment) -> None:
     """Refuse a request about whose addressee or end there may be two opinions. Raise HTTPError: 400, 411, 417, 501."""
-    modern = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if not _HOST.fullmatch(environ.get("HTTP_HOST", "no host" if modern else "")):  # RFC 9112 3.2
+    http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST.fullmatch(environ.get("HTTP_HOST", "")):  # RFC 9112 3.2
         raise HTTPError(HTTPStatus.BAD_REQUEST, "Send one Host, such as localhost:5000")
-    if modern and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
+    if http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
         raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only Expect that can be met is 100-continue")
     if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
         if environ["CONTENT_LENGTH"]:
@@ -1101,164 +1421,393 @@ def _check_framing(environ: WSGIEnvironment) -> None:
         raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "This server knows no Transfer-Encoding: send a Content-Length")
 
 
-def _error_message(error: HTTPError) -> bytes:
-    """Return a whole response, the last one of its connection."""
-    response = error.status, to_json({"error": error.message}), (*error.headers, ("Connection", "close"))
-    started: list[Any] = []
-    body = _send(response, {"REQUEST_METHOD": ""}, lambda *arguments: started.extend(arguments))  # type: ignore[arg-type]
-    return _head(*started) + b"".join(body)
+@functools.lru_cache(maxsize=1)
+def _http_date(second: int) -> str:
+    return str(format_date_time(second))
 
 
-def _head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"Date: {_clock(int(time.time()))[0]}", f"Server: profiler/{__version__}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+# -- server: connections -----------------------------------------------------------------------------------------------
+# wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
+# wait. Two things are replaced: http.server's reading of requests, by the parser above, and wsgiref's writing of
+# responses, which knows HTTP/1.0 alone. It serves the Application, which takes no body past MAX_BODY.
+
+
+class Server(socketserver.ThreadingMixIn, WSGIServer):
+    """An HTTP server for an Application, in one process."""
+
+    application: Application  # set_app keeps it here
+    daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS
+    timeout = POLL_INTERVAL
+
+    def __init__(
+        self, host: str, port: int, app: Application, access_log: bool = True, check_host: bool = False
+    ) -> None:
+        """Listen on an address, an IPv4 or IPv6 one. Raise OSError if that cannot be.
+
+        With `check_host`, requests under another name than this machine's loopback has are refused.
+        """
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.access_log = access_log
+        self.check_host = check_host
+        self.max_connections = MAX_CONNECTIONS
+        self.stopping = False
+        self.reading = threading.Lock()  # held while a read is answered: see RequestHandler
+        self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
+        self._closed = threading.Condition()
+        super().__init__((host, port), RequestHandler)
+        self.socket.settimeout(POLL_INTERVAL)  # no accept may wait for a client who has left meanwhile
+        self.set_app(app)
+
+    def server_bind(self) -> None:
+        """Bind the socket, without asking a name service what this host is called."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+        self.base_environ.update(  # PEP 3333
+            {
+                "wsgi.version": (1, 0),
+                "wsgi.url_scheme": "http",
+                "wsgi.multithread": True,
+                "wsgi.multiprocess": False,
+                "wsgi.run_once": False,
+            }
+        )
+
+    def stop(self, *_: object) -> None:
+        """Tell the server to stop: a signal's handler."""
+        self.stopping = True
+
+    def serve(self) -> None:
+        """Serve until stop is called; then answer what is in flight, within DRAIN_TIMEOUT, and close."""
+        while not self.stopping:
+            self.handle_request()
+        self.socket.close()
+        for request, answering in list(self.connections.items()):
+            if not answering:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
+        with self._closed:
+            self._closed.wait_for(lambda: not self.connections, DRAIN_TIMEOUT)
+
+    def get_request(self) -> Any:
+        """Accept a connection. Raise OSError: after a pause if the system is out of means, such as files to open."""
+        try:
+            return super().get_request()
+        except socket.timeout:
+            raise
+        except OSError:
+            time.sleep(POLL_INTERVAL)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take a connection too many, too, so that it can be told; but not many of those."""
+        return len(self.connections) < self.max_connections + MAX_REFUSALS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection its thread, or close it where the system has no more threads."""
+        self.connections[request] = False
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection and forget it."""
+        super().shutdown_request(request)
+        with self._closed:
+            self.connections.pop(request, None)
+            self._closed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Write the traceback of what nobody expected to the log."""
+        write_log(traceback.format_exc())
+
+
+class RequestHandler(WSGIRequestHandler):
+    """One connection: its requests, one after another.
+
+    Reads take turns: one thread at a time calls the application for a GET and sends what the socket takes at once.
+    Threads that fight for the GIL between the two answer a third fewer requests. No write, no hash and no slow client
+    is waited for in that turn.
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        """Prepare to send without delay."""
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.received = b""  # and not yet used
+        self.close_connection = False
+        self.linger = False
+        self.started: tuple[str, list[tuple[str, str]]] = ("", [])
+
+    def handle(self) -> None:
+        """Answer requests until either side wants no more."""
+        with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
+            if len(self.server.connections) > self.server.max_connections:
+                self._refuse(_ERRORS[Busy])
+            while not self.close_connection:
+                self.handle_one_request()
+            if self.linger or self.received:
+                self._linger()
+
+    def finish(self) -> None:
+        """Leave it to the server to close the connection."""
+
+    def handle_one_request(self) -> None:
+        """Receive a request and answer it. Raise OSError if the client is not there."""
+        self.requestline = ""
+        try:
+            head = self._receive_head()
+            if not head:
+                self.close_connection = True
+                return
+            self.server.connections[self.connection] = True
+            environ = {**self.server.base_environ, **parse_head(head), "REMOTE_ADDR": self.client_address[0]}
+            if self.server.check_host:
+                check_local_host(environ)
+            environ["wsgi.input"] = io.BytesIO(self._receive_body(environ))
+            environ["wsgi.errors"] = sys.stderr
+        except socket.timeout:
+            if self.received:
+                self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
+            self.close_connection = True
+        except HTTPError as error:
+            self._refuse(error)
+        else:
+            self._answer(environ)
+            self.server.connections[self.connection] = False
+            if self.server.stopping:  # perhaps too late for the response to say that it is the last
+                self.close_connection = True
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Write a line in Common Log Format."""
+        if self.server.access_log:
+            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
+            moment = _log_time(int(time.time()))
+            write_log(f'{self.client_address[0]} - - [{moment}] "{request}" {code} {size}\n')
+
+    def _receive_head(self) -> bytes:
+        """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
+        deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
+        searched = 0
+        while not (end := _HEAD_END.search(self.received, max(0, searched - 2))):
+            self.requestline = self.received.split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
+            check_head_size(self.received)
+            searched = len(self.received)
+            more = self._receive(deadline)
+            if not more:
+                if self.received:
+                    raise HTTPError(HTTPStatus.BAD_REQUEST, "The head ends before its empty line")
+                return b""
+            if not self.received:
+                deadline = time.monotonic() + HEAD_TIMEOUT
+            self.received += more
+        head, self.received = self.received[: end.end()], self.received[end.end() :]
+        self.requestline = head.lstrip(b"\r\n").split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
+        return head
+
+    def _receive_body(self, environ: WSGIEnvironment) -> bytes:
+        """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
+        length = parse_length(environ["CONTENT_LENGTH"] or "0")
+        if length > MAX_BODY:
+            self.close_connection = self.linger = True
+            return b""
+        if length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
+        deadline = time.monotonic() + BODY_TIMEOUT
+        while len(self.received) < length:
+            more = self._receive(deadline)
+            if not more:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
+            self.received += more
+        body, self.received = self.received[:length], self.received[length:]
+        return body
+
+    def _receive(self, deadline: float) -> bytes:
+        """Return some of what the client sends, or nothing at its end. Raise socket.timeout after the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("the deadline has passed")
+        self.connection.settimeout(left)
+        return self.connection.recv(RECEIVE_SIZE)
+
+    def _send(self, message: bytes) -> None:
+        """Send it all, however slowly the client reads, as long as it does read. Raise OSError if not."""
+        self.connection.settimeout(SEND_TIMEOUT)
+        view = memoryview(message)
+        while view:
+            view = view[self.connection.send(view) :]
+
+    def _send_at_once(self, message: bytes) -> bytes:
+        """Send what the socket takes without waiting; return the rest."""
+        self.connection.setblocking(False)
+        try:
+            return message[self.connection.send(message) :]
+        except BlockingIOError:
+            return message
+
+    def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
+        """Take note of how the response begins (PEP 3333); it is sent with the first part of the body."""
+        self.started = status, headers
+        return self._send
+
+    def _answer(self, environ: WSGIEnvironment) -> None:
+        """Send what the application answers. If its body fails midway, the response has no proper end."""
+        is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        with self.server.reading if is_read else contextlib.nullcontext():
+            parts = iter(self.server.application(environ, self._start_response))
+            part = next(parts, b"")
+            status, headers = self.started
+            code = int(status[:3])
+            chunked = self._settle(code, headers, environ)
+            rest = self._send_at_once(format_head(status, headers) + _format_part(part, chunked))
+        size = len(part)
+        try:
+            if rest:
+                self._send(rest)
+            for part in parts:
+                self._send(_format_part(part, chunked))
+                size += len(part)
+            if chunked:
+                self._send(b"0\r\n\r\n")  # RFC 9112 7.1
+        except OSError:
+            self.log_request(code, size)
+            raise
+        except Exception as error:
+            self.close_connection = True
+            write_log(f"profiler: {self.requestline}: the answer broke off after {size} bytes: {error!r}\n")
+        else:
+            self.log_request(code, size)
+
+    def _settle(self, code: int, headers: list[tuple[str, str]], environ: WSGIEnvironment) -> bool:
+        """Add the connection's own headers. Tell whether the body is chunked, so that its end can be told."""
+        bodiless = environ["REQUEST_METHOD"] == "HEAD" or code in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+        is_whole = bodiless or any(name == "Content-Length" for name, _ in headers)
+        chunked = not is_whole and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        if chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+        if self.close_connection or self.server.stopping or wants_close(environ):
+            self.close_connection = True
+            headers.append(("Connection", "close"))
+        return chunked
+
+    def _refuse(self, error: HTTPError) -> None:
+        """Answer with an error, as the last thing on this connection."""
+        self.close_connection = self.linger = True
+        status, headers, body = complete(error.response())
+        content = b"" if self.requestline.startswith("HEAD ") else b"".join(body)
+        self._send(format_head(status, [*headers, ("Connection", "close")]) + content)
+        self.log_request(status[:3], len(content))
+
+    def _linger(self) -> None:
+        """Read on for a while: if bytes are unread at the close, TCP takes the answer back (RFC 9112 9.6)."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline, left = time.monotonic() + BODY_TIMEOUT, MAX_LINGER
+        self.connection.settimeout(LINGER_TIMEOUT)
+        while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(RECEIVE_SIZE)):
+            left -= len(received)
+
+
+def write_log(text: str) -> None:
+    """Write to stderr, if it can be written to: a log that nobody reads ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+
+
+def _format_part(part: bytes, chunked: bool) -> bytes:
+    """Return a part of a body as it is sent. An empty chunk would be the last one: RFC 9112 7.1."""
+    return b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part
 
 
 @functools.lru_cache(maxsize=1)
-def _clock(second: int) -> tuple[str, str]:
-    """Return a time as the Date header has it, and as Common Log Format does."""
-    return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
-
-
-def serve(server: Server) -> None:
-    """Serve until SIGTERM or SIGINT; then answer what is in flight, within the server's drain_timeout."""
-
-    def stop(*_: object) -> None:
-        threading.Thread(target=server.shutdown).start()  # it waits for this thread, so it needs another
-
-    for signum in _SIGNALS:
-        signal.signal(signum, stop)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    server.serve_forever(POLL_INTERVAL)
-    server.drain()
-    server.app.close()
-
-
-def supervise(server: Server, workers: int) -> None:
-    """Keep so many processes serving until SIGTERM or SIGINT, which they are told; return when all have ended."""
-    workers_since: dict[int, float] = {}  # by process id
-    stopping = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-        for pid in workers_since:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    server.supervisor = os.getpid()
-    for signum in _SIGNALS:
-        signal.signal(signum, stop)
-    while True:
-        # With the signals held back no worker is overlooked, and none is told by the handler of its elder.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        while not stopping and len(workers_since) < workers:
-            pid = os.fork()
-            if pid == 0:
-                _work(server)
-            workers_since[pid] = time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        if not workers_since:
-            return
-        pid, status = os.wait()
-        since = workers_since.pop(pid, None)  # None: a child that was there before, or an orphan given to process 1
-        if since is not None and not stopping:
-            code = os.waitstatus_to_exitcode(status)
-            sys.stderr.write(f"profiler: worker {pid} ended with {code}: another takes its place\n")
-            time.sleep(max(0.0, since + RESPAWN_INTERVAL - time.monotonic()))
-
-
-def _work(server: Server) -> NoReturn:
-    """Serve, and end the process: nothing that is the supervisor's is done after a fork."""
-    try:
-        serve(server)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+def _log_time(second: int) -> str:
+    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve, or make the table, as the arguments say (default: sys.argv). Return the exit status."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # closed by who started us
+    """Do what the arguments say (default: sys.argv). Return the exit status: 1 for what failed, 2 for a bad setting.
+
+    As a CGI program (RFC 3875) answer one request: there the arguments are the client's.
+    """
+    if argv is None and os.environ.get("GATEWAY_INTERFACE", "").startswith("CGI/"):
+        CGIHandler().run(application)
+        return 0
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # whoever started us may have closed it
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold anything
     parser = _make_parser()
     arguments = parser.parse_args(argv)
-    serving = arguments.command is None
-    try:
-        app = create_app(arguments.database, token=_read_token(arguments.token_file))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if serving and not (app.token or arguments.anonymous or _is_loopback(arguments.host)):
-        parser.error(
-            f"--host {arguments.host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
-        )
-    if arguments.force and serving:
-        parser.error("--force goes with initialise-database")
     if not hasattr(hashlib, "pbkdf2_hmac"):
         return _fail("this Python was built without OpenSSL, and so without hashlib.pbkdf2_hmac: take another")
     try:
-        with contextlib.closing(app):
-            return _run_server(app, arguments) if serving else _initialise_database(app, arguments.force)
-    except sqlite3.Error as error:
-        folder, name = os.path.split(app.users.database.path)
-        remedy = "mend that" if os.path.isdir(folder) else f"make the folder {folder}"
-        return _fail(f"{name} in {folder}: {error}: {remedy}, or name another file with --database")
-    except OSError as error:
+        users = open_users(arguments.database, ITERATIONS)
+    except ValueError as error:
+        parser.error(str(error))
+    except Unavailable as error:
+        return _fail(str(error))
+    try:
+        with contextlib.closing(users):
+            arguments.run(arguments, users)
+    except _BadSetting as error:
+        parser.error(str(error))
+    except (Unavailable, sqlite3.Error) as error:
+        return _fail(f"{users.place}: {error}. Another database is chosen by --database")
+    except (HTTPError, NoSuchUser, TableInUse, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:  # before there was anything to stop
         return 128 + signal.SIGINT
     finally:
-        _flush_log()
+        _flush()
+    return 0
 
 
-def _flush_log() -> None:
-    """Drop a stderr that cannot be written: what is left in its buffer would make the interpreter's exit a failure."""
-    try:
-        sys.stderr.flush()
-    except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+class _BadSetting(Exception):
+    """An argument or a variable of the environment that cannot be."""
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    environ = os.environ.get
+    port = environ("PROFILER_PORT") or ""
+    if port.startswith("tcp://"):  # not meant for us: Kubernetes sets it so for a Service that is called profiler
+        port = ""
     parser = argparse.ArgumentParser(
-        prog="profiler", description="User accounts over HTTP, on one SQLite file.", allow_abbrev=False
+        prog="profiler",
+        description="User accounts over HTTP. Without a command: serve them.",
+        epilog="What no flag gives is taken from the environment: PROFILER_HOST, PROFILER_PORT or PORT, "
+        "PROFILER_DATABASE, PROFILER_TOKEN (the token itself).",
+        allow_abbrev=False,
     )
-    commands = ["initialise-database"]
-    parser.add_argument(
-        "command", nargs="?", choices=commands, help="make the table of users, and end, without serving"
-    )
-    for name, read, default, text in (
-        ("host", _address, HOST, f"the address to serve on (default: PROFILER_HOST, else {HOST})"),
-        ("port", _port, PORT, f"the port; 0 is any free one (default: PROFILER_PORT or PORT, else {PORT})"),
-        (
-            "workers",
-            _workers,
-            WORKERS,
-            f"how many processes; auto: one for each core (default: PROFILER_WORKERS, else {WORKERS})",
-        ),
-    ):
-        variables = [f"PROFILER_{name.upper()}", *(["PORT"] if name == "port" else [])]
-        default = next(filter(None, map(os.environ.get, variables)), default)
-        parser.add_argument(f"--{name}", type=read, default=default, help=text)
-    parser.add_argument(
-        "--database", metavar="PATH", help=f"the SQLite file (default: PROFILER_DATABASE, else {DATABASE})"
-    )
-    parser.add_argument(
-        "--token-file", metavar="PATH", help="a file with the token to ask for (default: PROFILER_TOKEN)"
-    )
-    parser.add_argument("--anonymous", action="store_true", help="serve other than loopback addresses without a token")
-    parser.add_argument("--no-access-log", action="store_true", help="write no line for each request to stderr")
-    parser.add_argument(
-        "--force", action="store_true", help="with initialise-database: drop the users in the table, for good"
-    )
-    parser.add_argument("--version", action="version", version=f"profiler {__version__}")
+    add = parser.add_argument
+    add("--host", type=_address, default=environ("PROFILER_HOST") or HOST, help=f"the address to serve on ({HOST})")
+    add("--port", type=_port, default=port or environ("PORT") or PORT, help=f"the port; 0 is any free one ({PORT})")
+    add("--database", default=environ("PROFILER_DATABASE") or DATABASE, help=f"the SQLite file, or a URL ({DATABASE})")
+    add("--token-file", type=_token, metavar="PATH", help="a file with the token that every request must carry")
+    add("--anonymous", action="store_true", help="serve any address, and under any name, without a token")
+    add("--no-access-log", action="store_true", help="write no line for each request to stderr")
+    add("--version", action="version", version=f"profiler {__version__}")
+    parser.set_defaults(run=_serve)
+
+    every = argparse.ArgumentParser(add_help=False)  # what may stand behind a command as well
+    every.add_argument("--database", default=argparse.SUPPRESS, help="the SQLite file, or a URL")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    initialise = commands.add_parser("initialise-database", parents=[every], help="make the table of users")
+    initialise.add_argument("--force", action="store_true", help="drop the users in the table, for good")
+    initialise.set_defaults(run=_initialise_database)
+
+    set_password = commands.add_parser("set-password", parents=[every], help="give a user another password")
+    set_password.add_argument("email", metavar="EMAIL", help="whose; the password is read from the terminal or stdin")
+    set_password.set_defaults(run=_set_password)
+
+    backup = commands.add_parser("backup", parents=[every], help="copy the database while it is served")
+    backup.add_argument("path", metavar="PATH", help="where to; a file that is not there yet")
+    backup.set_defaults(run=_backup)
     return parser
 
 
@@ -1269,76 +1818,133 @@ def _address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r}, from the flag or PROFILER_HOST: {error.strerror}") from None
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
 def _port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > MAX_PORT:
-        message = f"{text!r}, from the flag, PROFILER_PORT or PORT, is no number from 0 to {MAX_PORT}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
+    if re.fullmatch("[0-9]{1,5}", text) and int(text) <= MAX_PORT:
+        return int(text)
+    message = f"{text!r}, from the flag, PROFILER_PORT or PORT, is no number from 0 to {MAX_PORT}"
+    raise argparse.ArgumentTypeError(message)
 
 
-def _workers(text: str) -> int:
-    if text == "auto":
-        return _cores() if hasattr(os, "fork") else 1
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WORKERS:
-        message = f"{text!r}, from the flag or PROFILER_WORKERS, is neither auto nor a number from 1 to {MAX_WORKERS}"
-        raise argparse.ArgumentTypeError(message)
-    if int(text) > 1 and not hasattr(os, "fork"):
-        raise argparse.ArgumentTypeError(f"{text!r}: without a fork, this system can have no more than 1")
-    return int(text)
-
-
-def _read_token(path: str | None) -> str | None:
-    """Return the token in a file, if there is one. Raise OSError, ValueError."""
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
-
-
-def _initialise_database(app: Application, force: bool) -> int:
+def _token(path: str) -> str:
     try:
-        app.users.initialise(force)
-    except TableInUse as error:
-        return _fail(f"the table holds {error} users: --force drops them, for good")
-    print("Successfully created database schema.")
-    return 0
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _run_server(app: Application, arguments: argparse.Namespace) -> int:
-    """Serve until a signal, in this process or by workers."""
-    app.users.database.read("PRAGMA cache_size = 0")  # what is read to count the users is not needed again
-    count = app.users.count()  # a database that cannot be used is told now
-    app.close()  # before there are workers
-    app.users.hashers = threading.BoundedSemaphore(max(1, _cores() // arguments.workers))
+def _serve(arguments: argparse.Namespace, users: Users) -> None:
+    """Serve until a signal."""
+    token = os.environ.get("PROFILER_TOKEN") if arguments.token_file is None else arguments.token_file
     try:
-        server = Server(arguments.host, arguments.port, app, access_log=not arguments.no_access_log)
+        app = Application(users, token)
+    except ValueError as error:
+        raise _BadSetting(str(error)) from None
+    is_loopback = arguments.host.startswith("127.") or arguments.host == "::1"
+    is_open = token is None and not arguments.anonymous
+    if is_open and not is_loopback:
+        raise _BadSetting(
+            f"--host {arguments.host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
+        )
+    users.prepare()
+    count = users.count()  # a database that cannot be used is told now
+    users.close()
+    threading.stack_size(STACK_SIZE)
+    try:
+        server = Server(arguments.host, arguments.port, app, not arguments.no_access_log, check_host=is_open)
     except OSError as error:
-        return _fail(f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host")
+        raise OSError(
+            f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host"
+        ) from None
     with server:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until what is to be done about them is settled
+        server.max_connections = max(1, min(MAX_CONNECTIONS, _raise_file_limit() - MAX_REFUSALS - RESERVED_FILES))
+        signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        for signum in signals:
+            if signum in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup says
+                signal.signal(signum, server.stop)
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        print(f"http://{host}:{server.server_port}/users/")
-        users = "1 user" if count == 1 else f"{count} users"
-        print(f"The database is {app.users.database.path}; it holds {users}. Ctrl-C stops the server.", flush=True)
-        if arguments.workers == 1:
-            serve(server)
-        else:
-            supervise(server, arguments.workers)
-            with contextlib.suppress(sqlite3.Error):  # workers that ended at once left it to each other
-                app.users.database.read("PRAGMA wal_checkpoint(TRUNCATE)")
-        for signum in _SIGNALS:
+        _say(f"http://{host}:{server.server_port}/{'' if has_page() else 'users/'}")
+        _say(f"The database is {users.place}; it holds {count_users(count)}. Ctrl-C stops the server.")
+        server.serve()
+        for signum in signals:
             signal.signal(signum, signal.SIG_IGN)  # all is done: a second one shall not spoil the exit status
-    return 0
+
+
+def _raise_file_limit() -> int:
+    """Let this process open as many files as it may at most; return how many."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return sys.maxsize
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit = most
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:
+    users.initialise(arguments.force)
+    _say("Successfully created database schema.")
+
+
+def _set_password(arguments: argparse.Namespace, users: Users) -> None:
+    users.expect()
+    if not users.find(arguments.email):  # before anybody types a password
+        raise NoSuchUser(f"nobody has the email {arguments.email}")
+    password = check_field("password", _read_password())
+    if not password.strip():
+        raise OSError("the password must not be blank")
+    users.set_password(arguments.email, password)
+    _say(f"{arguments.email} has another password now.")
+
+
+def _read_password() -> str:
+    """Return a new password: twice the same from a terminal, without echo, or a line of stdin. Raise OSError."""
+    if sys.stdin is None:
+        raise OSError("stdin is closed: the password is read from there")
+    try:
+        if not sys.stdin.isatty():
+            return sys.stdin.buffer.readline().decode().rstrip("\r\n")
+        import getpass
+
+        password = getpass.getpass("New password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise OSError("the two differ: nothing was changed")
+        return password
+    except (UnicodeDecodeError, EOFError):
+        raise OSError("a password must be given, in UTF-8") from None
+
+
+def _backup(arguments: argparse.Namespace, users: Users) -> None:
+    def show(left: int, total: int) -> None:
+        if total > BACKUP_PAGES and sys.stderr.isatty():
+            print(f"\r{100 * (total - left) // total} %", end="" if left else "\n", file=sys.stderr, flush=True)
+
+    users.expect()
+    users.backup(arguments.path, show)
+    _say(f"The copy is {arguments.path}.")
+
+
+def _say(message: str) -> None:
+    try:
+        print(message, flush=True)
+    except OSError as error:
+        raise OSError(f"stdout cannot be written to: {error.strerror}") from None
 
 
 def _fail(message: str) -> int:
-    print(f"profiler: {message}", file=sys.stderr)
+    write_log(f"profiler: {message}\n")
     return 1
+
+
+def _flush() -> None:
+    """Drop a stream that cannot be written to: what its buffer holds would make the interpreter's exit a failure."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (AttributeError, OSError, ValueError):
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
 
 
 if __name__ == "__main__":
