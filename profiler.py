@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
 
     Headers = tuple[tuple[str, str], ...]
-    # A status, a body (None: there is none; an iterator: its length is not known), and headers beyond the usual ones.
-    Response = tuple[HTTPStatus, Union[bytes, Iterator[bytes], None], Headers]
+    # A status line, a body (None: there is none; an iterator: its length is not known), headers beyond the usual ones.
+    Response = tuple[str, Union[bytes, Iterator[bytes], None], Headers]
     # Is called with a user's JSON as it is now, or None for nobody, and raises if the user must not be changed.
     Check = Callable[[Union[bytes, None]], object]
 
@@ -93,6 +93,7 @@ MAX_CONNECTIONS = 1000  # each has a thread
 MAX_REFUSALS = 50  # connections beyond that number, which are told 503
 RESERVED_FILES = 50  # open files that are kept for the database, the log and the like
 STACK_SIZE = 512 * 1024  # bytes of a thread: 100 of them fit into 200 MB of address space
+M_ARENA_MAX = -8  # the name of a setting: glibc's malloc.h
 MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_FIELDS = 100  # headers of a request: Apache's, and http.client's
@@ -357,7 +358,7 @@ class Database:
         if _code(error) not in (_READONLY, _IOERR, _CANTOPEN) or any(map(_is_filled, beside)):
             raise error
         try:
-            with contextlib.closing(self._open("immutable=1")) as connection:
+            with contextlib.closing(self._open("mode=ro&immutable=1")) as connection:
                 return connection.execute(statement, parameters).fetchall()
         except sqlite3.Error:
             raise error from None
@@ -443,12 +444,12 @@ def read_file(name: str) -> bytes:
     here = os.path.dirname(os.path.abspath(__file__))
     spec = globals().get("__spec__")  # a script has none, and mod_wsgi sets none
     for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if spec is not None and hasattr(spec.loader, "get_data"):
                 return bytes(spec.loader.get_data(path))
             with open(path, "rb") as file:
                 return file.read()
-    raise FileNotFoundError(f"{name} is missing: put it beside {os.path.basename(__file__)} in {here}")
+    raise FileNotFoundError(f"{name} cannot be read: put it beside {os.path.basename(__file__)} in {here}")
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
@@ -584,17 +585,20 @@ _USER = """json_object(
 
 
 def _page(beyond: str, last: str, order: str, condition: str = "") -> str:
-    """Return the statement of a page: the users, the id of the last one, and whether there are more beyond it."""
+    """Return the statement of a page: the users, the id of the last one, and whether there are more beyond it.
+
+    For an ascending one `after` must not be below 0, where nobody's ids are.
+    """
     return f"""
 WITH page AS (
     SELECT group_concat(user, ',') AS users, {last}(id) AS last
     FROM (
         SELECT id, {_USER} AS user FROM "user"
-        WHERE id > 0 AND id {beyond} :after {condition}
+        WHERE id {beyond} :after {condition}
         ORDER BY id {order} LIMIT :limit
     )
 )
-SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id > 0 AND id {beyond} last {condition}) FROM page
+SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {condition}) FROM page
 """
 
 
@@ -603,9 +607,9 @@ SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id > 0 AND id {beyond} la
 # is nobody here.
 _HAS_EMAIL = "email COLLATE NOCASE = :email"
 _ASCENDING = _page(">", "max", "ASC")
-_DESCENDING = _page("<", "min", "DESC")
+_DESCENDING = _page("<", "min", "DESC", "AND id > 0")
 _ASCENDING_BY_EMAIL = _page(">", "max", "ASC", f"AND {_HAS_EMAIL}")
-_DESCENDING_BY_EMAIL = _page("<", "min", "DESC", f"AND {_HAS_EMAIL}")
+_DESCENDING_BY_EMAIL = _page("<", "min", "DESC", f"AND id > 0 AND {_HAS_EMAIL}")
 _FIND = f"""
 SELECT id, password FROM "user" WHERE {_HAS_EMAIL} ORDER BY email COLLATE BINARY = :email DESC, id LIMIT 1
 """
@@ -805,7 +809,6 @@ _HEADERS = (  # of every response
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
 )
-_STATUS_LINES = {status: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _LENGTH = re.compile("[0-9]{1,4000}")  # not \d, which takes the digits of every script; int() takes no more than 4300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -818,6 +821,15 @@ _ENTITY_TAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110 8.8.
 NOTHING_HERE = "Nothing is here: the users are at /users/"
 
 
+def status_line(status: HTTPStatus) -> str:
+    """Return a status as PEP 3333 has it, such as `200 OK`."""
+    return f"{status.value} {status.phrase}"
+
+
+OK, CREATED, NO_CONTENT = map(status_line, (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.NO_CONTENT))
+NOT_MODIFIED, PERMANENT_REDIRECT = map(status_line, (HTTPStatus.NOT_MODIFIED, HTTPStatus.PERMANENT_REDIRECT))
+
+
 class HTTPError(Exception):
     """A request that is answered with an error: a status, what the client should change, and headers, if any."""
 
@@ -827,7 +839,7 @@ class HTTPError(Exception):
 
     def response(self) -> Response:
         """Return what the client is answered."""
-        return self.status, to_json({"error": self.message}), (JSON, *self.headers)
+        return status_line(self.status), to_json({"error": self.message}), (JSON, *self.headers)
 
 
 def to_json(value: object) -> bytes:
@@ -839,10 +851,10 @@ def complete(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[b
     """Return the response as PEP 3333 has it: the status line, all headers, the body."""
     status, body, extra = response
     if body is None:
-        return _STATUS_LINES[status], [*_HEADERS, *extra], (b"",)  # hypercorn waits for something to begin with
+        return status, [*_HEADERS, *extra], (b"",)  # hypercorn waits for something to begin with
     if isinstance(body, bytes):
-        return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", str(len(body)))], (body,)
-    return _STATUS_LINES[status], [*_HEADERS, *extra], body
+        return status, [*_HEADERS, *extra, ("Content-Length", str(len(body)))], (body,)
+    return status, [*_HEADERS, *extra], body
 
 
 def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
@@ -1008,7 +1020,7 @@ _SORTS = {"id": False, "-id": True}  # the value of sort, and whether it is desc
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
     """Answer 201 with the new id, and where the user is to be found."""
     user_id = users.create(*read_fields(environ, (*_PROFILE, "password")))
-    return HTTPStatus.CREATED, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
+    return CREATED, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1022,16 +1034,16 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
         raise HTTPError(HTTPStatus.BAD_REQUEST, "sort must be id or -id")
     page, last = users.page(limit or BATCH, after, email, _SORTS[sort])
     if last is None:
-        return HTTPStatus.OK, b"[%b]\n" % page, (JSON,)
+        return OK, b"[%b]\n" % page, (JSON,)
     if limit is None and email is None:
-        return HTTPStatus.OK, _array(page, users.list(last, _SORTS[sort])), (JSON,)
+        return OK, _array(page, users.list(last, _SORTS[sort])), (JSON,)
     following = {
         "limit": limit or BATCH,
         "after": last,
         **{name: query[name] for name in query if name in ("email", "sort")},
     }
     link = f'<{_url(environ, "users/")}?{urlencode(following)}>; rel="next"'  # RFC 8288
-    return HTTPStatus.OK, b"[%b]\n" % page, (JSON, ("Link", link))
+    return OK, b"[%b]\n" % page, (JSON, ("Link", link))
 
 
 def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
@@ -1039,27 +1051,27 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     user = users.get(user_id) + b"\n"
     entity_tag = ("ETag", make_entity_tag(user))
     if _has_preconditions(environ) and check_preconditions(environ, user):
-        return HTTPStatus.NOT_MODIFIED, None, (entity_tag,)
-    return HTTPStatus.OK, user, (JSON, entity_tag)
+        return NOT_MODIFIED, None, (entity_tag,)
+    return OK, user, (JSON, entity_tag)
 
 
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 200 with the id. A password in the body is ignored, as any other field is."""
     first_name, last_name, email = read_fields(environ, _PROFILE)
     users.update(user_id, first_name, last_name, email, _check(environ))
-    return HTTPStatus.OK, to_json({"id": user_id}), (JSON,)
+    return OK, to_json({"id": user_id}), (JSON,)
 
 
 def delete_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 204, whether the user existed or not."""
     users.delete(user_id, _check(environ))
-    return HTTPStatus.NO_CONTENT, None, ()
+    return NO_CONTENT, None, ()
 
 
 def change_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 204 if the old password was right."""
     users.change_password(user_id, *read_fields(environ, ("old_password", "new_password")))
-    return HTTPStatus.NO_CONTENT, None, ()
+    return NO_CONTENT, None, ()
 
 
 def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1071,7 +1083,7 @@ def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
         user_id = users.verify(*read_fields(environ, ("email", "password")))
     except WrongPassword:
         raise HTTPError(HTTPStatus.FORBIDDEN, "Wrong email or password") from None
-    return HTTPStatus.OK, to_json({"id": user_id}), (JSON,)
+    return OK, to_json({"id": user_id}), (JSON,)
 
 
 def get_health(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1080,26 +1092,26 @@ def get_health(users: Users, environ: WSGIEnvironment) -> Response:
         users.check()
     except Exception as error:
         raise Unavailable(str(error)) from error
-    return HTTPStatus.OK, to_json({"status": "ok"}), (JSON,)
+    return OK, to_json({"status": "ok"}), (JSON,)
 
 
 def get_page(users: Users, environ: WSGIEnvironment) -> Response:
     """Answer 200 with index.html, if it lies beside this module; the mount point without its slash leads to it."""
     page, policy = _read_page()
     if not environ.get("PATH_INFO"):
-        return HTTPStatus.PERMANENT_REDIRECT, None, (("Location", _url(environ)),)
-    return HTTPStatus.OK, page, (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy))
+        return PERMANENT_REDIRECT, None, (("Location", _url(environ)),)
+    return OK, page, (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy))
 
 
 def get_document(users: Users, environ: WSGIEnvironment) -> Response:
     """Answer 200 with openapi.json, if it lies beside this module."""
-    return HTTPStatus.OK, _read_optional("openapi.json"), (JSON,)
+    return OK, _read_optional("openapi.json"), (JSON,)
 
 
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
-    (re.compile("/users/([0-9]+)/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
-    (re.compile("/users/([0-9]+)/password/?"), {"PUT": change_password}),
+    (re.compile("/users/([0-9]{1,19})/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
+    (re.compile("/users/([0-9]{1,19})/password/?"), {"PUT": change_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
     (re.compile("/health/?"), {"GET": get_health}),
     (re.compile("/?"), {"GET": get_page}),
@@ -1222,10 +1234,10 @@ class Application:
                     return handler(self.users, environ, *map(_read_id, match.groups()))
                 allow = ("Allow", ", ".join(sorted([*handlers, "OPTIONS"] + ["HEAD"] * ("GET" in handlers))))
                 if method == "OPTIONS":
-                    return HTTPStatus.NO_CONTENT, None, (allow,)
+                    return NO_CONTENT, None, (allow,)
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
         if method == "OPTIONS" and path == "*":  # asks the server as a whole: RFC 9110 9.3.7
-            return HTTPStatus.NO_CONTENT, None, ()
+            return NO_CONTENT, None, ()
         raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE)
 
 
@@ -1273,9 +1285,10 @@ def _send(response: Response, environ: WSGIEnvironment, start_response: StartRes
 
 def _read_id(digits: str) -> int:
     """Return the id that a path gives. Raise NoSuchUser for one that nobody can have."""
-    if len(digits) > len(str(MAX_ID)) or int(digits) > MAX_ID:
+    user_id = int(digits)
+    if user_id > MAX_ID:
         raise NoSuchUser
-    return int(digits)
+    return user_id
 
 
 def _carries(token: bytes, authorization: str) -> bool:
@@ -1288,7 +1301,7 @@ def _carries(token: bytes, authorization: str) -> bool:
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return what to tell the client; write to wsgi.errors what to tell the operator."""
     answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error), _INTERNAL_ERROR)
-    with contextlib.suppress(OSError):  # a log that cannot be written to
+    with contextlib.suppress(OSError, ValueError):  # a log that cannot be written to, or is closed
         if answer is _INTERNAL_ERROR:
             traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
         elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -1306,7 +1319,7 @@ _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)"
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
 _HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
-_ABSOLUTE = re.compile(rf"https?://({_HOST.pattern})(.*)", re.IGNORECASE)  # RFC 9112 3.2.2
+_ABSOLUTE = re.compile(rf"https?://({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
 _LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 
 
@@ -1541,6 +1554,7 @@ class RequestHandler(WSGIRequestHandler):
         self.received = b""  # and not yet used
         self.close_connection = False
         self.linger = False
+        self.requestline = ""
         self.started: tuple[str, list[tuple[str, str]]] = ("", [])
 
     def handle(self) -> None:
@@ -1558,7 +1572,6 @@ class RequestHandler(WSGIRequestHandler):
 
     def handle_one_request(self) -> None:
         """Receive a request and answer it. Raise OSError if the client is not there."""
-        self.requestline = ""
         try:
             head = self._receive_head()
             if not head:
@@ -1592,6 +1605,7 @@ class RequestHandler(WSGIRequestHandler):
     def _receive_head(self) -> bytes:
         """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
         deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
+        self.requestline = ""
         searched = 0
         while not (end := _HEAD_END.search(self.received, max(0, searched - 2))):
             self.requestline = self.received.split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
@@ -1849,7 +1863,7 @@ def _serve(arguments: argparse.Namespace, users: Users) -> None:
     users.prepare()
     count = users.count()  # a database that cannot be used is told now
     users.close()
-    threading.stack_size(STACK_SIZE)
+    _save_address_space()
     try:
         server = Server(arguments.host, arguments.port, app, not arguments.no_access_log, check_host=is_open)
     except OSError as error:
@@ -1868,6 +1882,15 @@ def _serve(arguments: argparse.Namespace, users: Users) -> None:
         server.serve()
         for signum in signals:
             signal.signal(signum, signal.SIG_IGN)  # all is done: a second one shall not spoil the exit status
+
+
+def _save_address_space() -> None:
+    """Give threads small stacks, and one heap in common: glibc reserves 64 MiB for each thread's own (mallopt(3))."""
+    threading.stack_size(STACK_SIZE)
+    with contextlib.suppress(Exception):  # another C library, or a Python without ctypes
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _raise_file_limit() -> int:
