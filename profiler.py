@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     Check = Callable[[Union[bytes, None]], object]
 
 __all__ = ["app", "application", "create_app", "hash_password", "verify_password"]
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 # Every limit of the service, its unit, and its source where it was not chosen here.
@@ -1317,7 +1317,7 @@ _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)" % _NAME)  # RFC 9112 3
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
-_HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
+HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
 _ABSOLUTE = re.compile(rf"https?://({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
 _LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
@@ -1607,7 +1607,7 @@ class RequestHandler(WSGIRequestHandler):
         deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
         self.requestline = ""
         searched = 0
-        while not (end := _HEAD_END.search(self.received, max(0, searched - 2))):
+        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):
             self.requestline = self.received.split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
             check_head_size(self.received)
             searched = len(self.received)

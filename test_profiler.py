@@ -1865,15 +1865,16 @@ def test_a_log_that_cannot_be_written_to_keeps_no_answer_back(application, monke
 
 
 def test_no_password_and_no_hash_is_in_a_response_or_a_log(application, users, monkeypatch):
-    change = {"old_password": "1234", "new_password": "5678"}
+    harry = {**HARRY, "password": "swordfish"}
+    change = {"old_password": "swordfish", "new_password": "tuna fish"}
     said = [
         call(application, method, path_info, fields=fields)
         for method, path_info, fields in [
-            ("POST", "/users/", HARRY),
-            ("POST", "/users/", HARRY),
+            ("POST", "/users/", harry),
+            ("POST", "/users/", harry),
             ("GET", "/users/", None),
-            ("PUT", "/users/1/", HARRY),
-            ("POST", "/users/verify/", HARRY),
+            ("PUT", "/users/1/", harry),
+            ("POST", "/users/verify/", harry),
             ("PUT", "/users/1/password/", change),
             ("PUT", "/users/1/password/", change),
         ]
@@ -1881,11 +1882,11 @@ def test_no_password_and_no_hash_is_in_a_response_or_a_log(application, users, m
     stored = users.get_password(1)
     for name in ("update", "verify", "change_password"):
         monkeypatch.setattr(users, name, lambda *_: 1 / 0)
-    said.append(call(application, "PUT", "/users/1/", fields=HARRY))
-    said.append(call(application, "POST", "/users/verify/", fields=HARRY))
+    said.append(call(application, "PUT", "/users/1/", fields=harry))
+    said.append(call(application, "POST", "/users/verify/", fields=harry))
     said.append(call(application, "PUT", "/users/1/password/", fields=change))
     assert {answer.status for answer in said[-3:]} == {500}
-    for secret in ("1234", "5678", stored.split("$")[2]):
+    for secret in ("swordfish", "tuna fish", stored.split("$")[2]):
         assert secret not in repr(said)
 
 
