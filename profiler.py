@@ -683,7 +683,10 @@ class SQLiteUsers(Users):
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
-        return _utf8(_only(self._database.read(_GET, {"id": user_id})))
+        rows = self._database.read(_GET, {"id": user_id})
+        if not rows:
+            raise NoSuchUser
+        return _utf8(rows[0][0])
 
     def get_password(self, user_id: int) -> str:
         """Return the hash of a user's password. Raise NoSuchUser."""
@@ -914,7 +917,7 @@ def parse_length(text: str) -> int:
 
 def make_entity_tag(body: bytes) -> str:
     """Return the strong ETag of a body: the same wherever and whenever it is the same (RFC 9110 8.8.3)."""
-    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    return f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
 
 
 def check_preconditions(environ: WSGIEnvironment, body: bytes | None) -> bool:
@@ -1050,7 +1053,7 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 200 with the user; 304 if the client has it already."""
     user = users.get(user_id) + b"\n"
     entity_tag = ("ETag", make_entity_tag(user))
-    if _has_preconditions(environ) and check_preconditions(environ, user):
+    if ("HTTP_IF_NONE_MATCH" in environ or "HTTP_IF_MATCH" in environ) and check_preconditions(environ, user):
         return NOT_MODIFIED, None, (entity_tag,)
     return OK, user, (JSON, entity_tag)
 
