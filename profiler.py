@@ -30,6 +30,7 @@ import json
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import socketserver
@@ -1554,10 +1555,12 @@ class RequestHandler(WSGIRequestHandler):
         """Prepare to send without delay."""
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.connection.setblocking(False)  # _wait does all the waiting
+        self.poll = select.poll() if hasattr(select, "poll") else None  # Windows has none
         self.received = b""  # and not yet used
         self.close_connection = False
         self.linger = False
-        self.requestline = ""
+        self.head = b""  # of the request that is being answered, as far as it has come
         self.started: tuple[str, list[tuple[str, str]]] = ("", [])
 
     def handle(self) -> None:
@@ -1601,30 +1604,32 @@ class RequestHandler(WSGIRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Write a line in Common Log Format."""
         if self.server.access_log:
-            request = self.requestline.encode("unicode_escape").decode().replace('"', '\\"')
+            request = self._request_line().encode("unicode_escape").decode().replace('"', '\\"')
             moment = _log_time(int(time.time()))
             write_log(f'{self.client_address[0]} - - [{moment}] "{request}" {code} {size}\n')
 
     def _receive_head(self) -> bytes:
         """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
         deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
-        self.requestline = ""
         searched = 0
         while not (end := HEAD_END.search(self.received, max(0, searched - 2))):
-            self.requestline = self.received.split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
+            self.head = self.received
             check_head_size(self.received)
             searched = len(self.received)
             more = self._receive(deadline)
-            if not more:
-                if self.received:
-                    raise HTTPError(HTTPStatus.BAD_REQUEST, "The head ends before its empty line")
+            if not (more or self.received):
                 return b""
+            if not more:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, "The head ends before its empty line")
             if not self.received:
                 deadline = time.monotonic() + HEAD_TIMEOUT
             self.received += more
-        head, self.received = self.received[: end.end()], self.received[end.end() :]
-        self.requestline = head.lstrip(b"\r\n").split(b"\n", 1)[0].decode("latin-1").rstrip("\r")
-        return head
+        self.head, self.received = self.received[: end.end()], self.received[end.end() :]
+        return self.head
+
+    def _request_line(self) -> str:
+        """Return the first line of the request, for the log."""
+        return self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r").decode("latin-1")
 
     def _receive_body(self, environ: WSGIEnvironment) -> bytes:
         """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
@@ -1645,26 +1650,36 @@ class RequestHandler(WSGIRequestHandler):
 
     def _receive(self, deadline: float) -> bytes:
         """Return some of what the client sends, or nothing at its end. Raise socket.timeout after the deadline."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("the deadline has passed")
-        self.connection.settimeout(left)
+        self._wait(deadline - time.monotonic())
         return self.connection.recv(RECEIVE_SIZE)
 
     def _send(self, message: bytes) -> None:
         """Send it all, however slowly the client reads, as long as it does read. Raise OSError if not."""
-        self.connection.settimeout(SEND_TIMEOUT)
-        view = memoryview(message)
-        while view:
-            view = view[self.connection.send(view) :]
+        while message := self._send_at_once(message):
+            self._wait(SEND_TIMEOUT, to_write=True)
 
     def _send_at_once(self, message: bytes) -> bytes:
         """Send what the socket takes without waiting; return the rest."""
-        self.connection.setblocking(False)
         try:
             return message[self.connection.send(message) :]
         except BlockingIOError:
             return message
+
+    def _wait(self, seconds: float, to_write: bool = False) -> None:
+        """Wait until the socket can be read from, or written to. Raise socket.timeout.
+
+        The socket's own timeout would have to be set for each wait, which lets go of the GIL once more.
+        """
+        seconds = max(0.0, seconds)
+        if self.poll:
+            self.poll.register(self.connection, select.POLLOUT if to_write else select.POLLIN)
+            is_ready = bool(self.poll.poll(seconds * 1000))
+        else:
+            is_ready = any(
+                select.select(*(([], [self.connection]) if to_write else ([self.connection], [])), [], seconds)
+            )
+        if not is_ready:
+            raise socket.timeout("the deadline has passed")
 
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
         """Take note of how the response begins (PEP 3333); it is sent with the first part of the body."""
@@ -1695,7 +1710,7 @@ class RequestHandler(WSGIRequestHandler):
             raise
         except Exception as error:
             self.close_connection = True
-            write_log(f"profiler: {self.requestline}: the answer broke off after {size} bytes: {error!r}\n")
+            write_log(f"profiler: {self._request_line()}: the answer broke off after {size} bytes: {error!r}\n")
         else:
             self.log_request(code, size)
 
@@ -1715,7 +1730,7 @@ class RequestHandler(WSGIRequestHandler):
         """Answer with an error, as the last thing on this connection."""
         self.close_connection = self.linger = True
         status, headers, body = complete(error.response())
-        content = b"" if self.requestline.startswith("HEAD ") else b"".join(body)
+        content = b"" if self.head.startswith(b"HEAD ") else b"".join(body)
         self._send(format_head(status, [*headers, ("Connection", "close")]) + content)
         self.log_request(status[:3], len(content))
 
@@ -1723,9 +1738,8 @@ class RequestHandler(WSGIRequestHandler):
         """Read on for a while: if bytes are unread at the close, TCP takes the answer back (RFC 9112 9.6)."""
         self.connection.shutdown(socket.SHUT_WR)
         deadline, left = time.monotonic() + BODY_TIMEOUT, MAX_LINGER
-        self.connection.settimeout(LINGER_TIMEOUT)
-        while left > 0 and time.monotonic() < deadline and (received := self.connection.recv(RECEIVE_SIZE)):
-            left -= len(received)
+        while left > 0 and (more := self._receive(min(deadline, time.monotonic() + LINGER_TIMEOUT))):
+            left -= len(more)
 
 
 def write_log(text: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -43,7 +44,8 @@ import profiler  # noqa: E402
 FILL = """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
 INSERT INTO user (first_name, last_name, email, password)
 SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com', 'pbkdf2:sha256:600000$' || hex(zeroblob(32)) FROM n"""
-TUTORIAL = profiler.read_schema().replace(" COLLATE NOCASE", "")  # the tutorial's table, in its rollback-journal file
+SCHEMA = (HERE.parent / "schema.sql").read_text()
+TUTORIAL = SCHEMA.replace(" COLLATE NOCASE", "")  # the tutorial's table, in its rollback-journal file
 COLOURS = {"profiler": "#2a6f97", "other": "#a9b4c2"}
 
 
@@ -56,7 +58,7 @@ def fill(folder, name, count, schema=None):
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         if schema is None:
             connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(schema or profiler.read_schema())
+        connection.executescript(schema or SCHEMA)
         connection.execute(FILL, (count,))
     return path
 
@@ -166,11 +168,21 @@ def peers(folder, count):
 
     return {
         "profiler": profiler.create_app(own),
+        "profiler, without ETag": without_entity_tag(own),
         "floor": floor.make_app(own),
         "Falcon": peer_falcon.app,
         "Bottle": peer_bottle.app,
         "Flask": peer_flask.app,
     }
+
+
+def without_entity_tag(path):
+    """Return profiler's application as it would be if a user had no ETag."""
+    spec = importlib.util.spec_from_file_location("profiler_without_entity_tag", HERE.parent / "profiler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.make_entity_tag = lambda body: ""
+    return module.create_app(path)
 
 
 def measure_in_process(folder, quick):
@@ -180,6 +192,7 @@ def measure_in_process(folder, quick):
     say("one user, in process")
     one = in_turns(apps, gets(count, 200 if quick else 2000), 5 if quick else 21)
     apps.pop("floor")
+    apps.pop("profiler, without ETag").close()
     say("the whole list, in process")
     whole = in_turns(apps, lambda _: [request("GET", "/users/")], 3 if quick else 9)
     say("one update, in process")
@@ -253,7 +266,10 @@ def measure_http(folder, quick):
     )
     servers = {
         "profiler": (profiler_server(), own),
-        "profiler, 2 workers": (profiler_server("--workers", "2"), own),
+        "profiler, gunicorn -w2 --threads 4": (
+            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", "profiler:application"),
+            own,
+        ),
         "Flask, flask run": (python("-m", "flask", "--app", flask, "run", "--port", "PORT"), peer),
         "Flask, waitress": (python("-m", "waitress", "--port=PORT", flask), peer),
         "Flask, gunicorn -w2 --threads 4": (
@@ -273,10 +289,11 @@ def measure_http(folder, quick):
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def measure_creation(folder, quick):
-    """Users created by 8 clients, as a share of what the cores can hash, and what a GET waits beside them."""
+def measure_hashing(folder, quick):
+    """Users created, and passwords checked, by 8 clients, as a share of what the cores can hash; what a GET waits."""
     cores = len(os.sched_getaffinity(0))
     seconds = 5 if quick else 8
+    user = {"first_name": "A", "last_name": "B", "email": "verified@b.c", "password": "1234"}
 
     def hashes_per_second():
         say("hashes of all cores")
@@ -290,17 +307,16 @@ def measure_creation(folder, quick):
             )
             return count / (time.perf_counter() - started)
 
-    def users_per_second(port, label, waits):
-        say("users created by 8 clients")
+    def requests_per_second(port, path, status, waits, fields):
+        """Let 8 clients send such requests, each with fields of its own; note meanwhile how long a GET takes."""
+        say(f"8 clients at {path}")
         end, stop = time.perf_counter() + seconds, threading.Event()
 
-        def create(client):
+        def work(client):
             count = 0
             while time.perf_counter() < end:
-                email = f"{label}.{client}.{count}@b.c"
-                fields = {"first_name": "A", "last_name": "B", "email": email, "password": "1234"}
-                if ask(port, "POST", "/users/", fields) != 201:
-                    raise RuntimeError("a user was not created")
+                if ask(port, "POST", path, fields(client, count)) != status:
+                    raise RuntimeError(f"a request to {path} failed")
                 count += 1
             return count
 
@@ -314,25 +330,37 @@ def measure_creation(folder, quick):
         watcher.start()
         started = time.perf_counter()
         with ThreadPoolExecutor(8) as clients:
-            created = sum(clients.map(create, range(8)))
-        rate = created / (time.perf_counter() - started)
+            done = sum(clients.map(work, range(8)))
+        rate = done / (time.perf_counter() - started)
         stop.set()
         watcher.join()
         return rate
 
-    rates, possible, waits = [], [], []
-    with serving(profiler_server(), fill(folder, "creation", 1_000)) as (_, port):
+    created, verified, possible, waits = [], [], [], []
+    with serving(profiler_server(), fill(folder, "hashing", 1_000)) as (_, port):
+        ask(port, "POST", "/users/", user)
         for number in range(1 if quick else 5):
             possible.append(hashes_per_second())
-            rates.append(users_per_second(port, number, waits))
-    rate, most = statistics.median(rates), statistics.median(possible)
+
+            def new(client, count, number=number):
+                return {**user, "email": f"{number}.{client}.{count}@b.c"}
+
+            created.append(requests_per_second(port, "/users/", 201, waits, new))
+            verified.append(requests_per_second(port, "/users/verify/", 200, waits, lambda *_: user))
+    most = statistics.median(possible)
     p99 = statistics.quantiles(waits, n=100)[98] * 1e3
     return [
-        [
-            "users created a second, 8 clients",
-            f"{rate:.1f}",
-            f"{rate / most:.2f} of the {most:.1f} hashes a second of {cores} cores",
-        ],
+        *(
+            [
+                f"{what} a second, 8 clients",
+                f"{rate:.1f}",
+                f"{rate / most:.2f} of the {most:.1f} hashes of {cores} cores",
+            ]
+            for what, rate in (
+                ("users created", statistics.median(created)),
+                ("passwords checked", statistics.median(verified)),
+            )
+        ),
         ["a GET beside them, 99 of 100", f"{p99:.0f} ms", f"{len(waits)} requests"],
     ]
 
@@ -460,7 +488,7 @@ def main():
             charts.append(("One user over HTTP, 16 connections (requests a second, more is better)", served))
         else:
             report.append("## One user over HTTP\n\nSkipped: wrk is not installed (apt-get install wrk).\n")
-        report.append("## Creation\n\n" + table(["", "", ""], measure_creation(folder, quick)))
+        report.append("## Hashing\n\n" + table(["", "", ""], measure_hashing(folder, quick)))
         report.append("## Growth\n\n" + table(["", *(growth := measure_growth(folder, quick))[0]], growth[1]))
         report.append("## A million users\n\n" + table(["", ""], measure_million(folder, quick)))
         report.append("## Start\n\n" + table(["", "", ""], measure_start(folder, quick)))
