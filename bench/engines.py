@@ -14,13 +14,16 @@ import pathlib
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import tracemalloc
 
-import run  # which lets the modules of the project be found
+import run
 from run import HERE, fill, gets, in_turns, puts, python, request, requests_per_second, say, serving, table
 
 import profiler
+
+sys.path.insert(0, str(HERE.parent))
 import profiler_sqlalchemy
 from test_profiler_sqlalchemy import MariaDB, PostgreSQL, database_of
 
