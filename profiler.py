@@ -61,7 +61,7 @@ __all__ = ["app", "application", "create_app", "hash_password", "verify_password
 __version__ = "1.1.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
-# Every limit of the service, its unit, and its source where it was not chosen here.
+# Every limit of the service, its unit, and where the number comes from. Without a source, it was chosen here.
 
 HOST, PORT = "127.0.0.1", "5000"  # the tutorial's, which are Flask's; as text, as a flag would give them
 DATABASE = "db.sqlite3"  # the tutorial's file
@@ -72,7 +72,7 @@ MAX_SCRYPT_COST = 2**20  # n * r * p, hence 128 MiB: the costliest setting that 
 SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
 MAX_BODY = 64 * 1024  # bytes
-MAX_BRACKETS = 500  # objects and arrays in a body: any thread's stack has room to parse that many inside one another
+MAX_BRACKETS = 500  # objects and arrays in a body: CPython's parser recurses, and so many fit into STACK_SIZE
 MAX_NAME = 255  # characters of a first or last name
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
@@ -94,7 +94,6 @@ MAX_CONNECTIONS = 1000  # each has a thread
 MAX_REFUSALS = 50  # connections beyond that number, which are told 503
 RESERVED_FILES = 50  # open files that are kept for the database, the log and the like
 STACK_SIZE = 512 * 1024  # bytes of a thread: 100 of them fit into 200 MB of address space
-M_ARENA_MAX = -8  # the name of a setting: glibc's malloc.h
 MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_FIELDS = 100  # headers of a request: Apache's, and http.client's
@@ -106,6 +105,7 @@ BODY_TIMEOUT = 30.0  # from the end of the head to that of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # without the client sending anything, after the answer
 DRAIN_TIMEOUT = 10.0  # for what is in flight when the server is told to stop: what docker stop allows
+TURN_TIMEOUT = 0.1  # for the turn to read; then without it
 POLL_INTERVAL = 0.1  # until the server notices that it is told to stop
 MAX_PORT = 2**16 - 1
 
@@ -129,10 +129,10 @@ def hash_password(password: str, iterations: int = ITERATIONS) -> str:
 def verify_password(password_hash: str, password: str) -> bool:
     """Tell whether a stored hash, Werkzeug's `pbkdf2:sha256` or `scrypt`, is this password's.
 
-    A hash that is malformed, or would cost more than the limits above, is nobody's: False, at once.
+    A hash that is malformed, or would cost more than the limits above, matches no password: False, without hashing.
     """
     try:
-        method, salt, digest = str(password_hash).split("$")  # another program may have stored NULL
+        method, salt, digest = str(password_hash).split("$")  # None is nobody's, too
         # As bytes: compare_digest refuses a str that is not ASCII.
         return hmac.compare_digest(_digest(method, salt, password).encode(), digest.encode())
     except ValueError:
@@ -140,7 +140,7 @@ def verify_password(password_hash: str, password: str) -> bool:
 
 
 def is_weak(password_hash: str, iterations: int) -> bool:
-    """Tell whether a stored hash is PBKDF2's with fewer iterations than these. scrypt is as strong as it was chosen."""
+    """Tell whether a stored hash is PBKDF2's with fewer iterations than these. One of scrypt's never is."""
     match = _PBKDF2.match(password_hash)
     return match is not None and int(match[1]) < iterations
 
@@ -168,7 +168,7 @@ def _digest(method: str, salt: str, password: str) -> str:
 
 # Result codes (sqlite.org/rescode.html), which Python names from 3.11 on.
 _BUSY, _LOCKED, _READONLY, _IOERR, _FULL, _CANTOPEN, _PROTOCOL = 5, 6, 8, 10, 13, 14, 15
-_CODES = {  # before 3.11 Python tells no code, but SQLite's words for one (sqlite.org/c3ref/errcode.html)
+_CODES = {  # for Python 3.9 and 3.10, which tell no code, but SQLite's fixed words for one (sqlite3_errstr)
     "database is locked": _BUSY,
     "database table is locked": _LOCKED,
     "attempt to write a readonly database": _READONLY,
@@ -178,8 +178,9 @@ _CODES = {  # before 3.11 Python tells no code, but SQLite's words for one (sqli
     "locking protocol": _PROTOCOL,
 }
 
-# To close a file drops every POSIX lock that this process has on it, a connection's too (sqlite.org/howtocorrupt.html).
-# So no connection may be made while a new file is closed; nor may a fork leave the lock to a child, who cannot open it.
+# To close a descriptor of a file drops this process's POSIX locks on it (sqlite.org/howtocorrupt.html). So a new file
+# is made and closed under this lock, and nobody connects before that is over. A fork waits, so that no child finds it
+# held.
 _creating = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_creating.acquire, after_in_parent=_creating.release, after_in_child=_creating.release)
@@ -210,7 +211,7 @@ class _Seat:
 class Database:
     """One SQLite file, made at the first use. Threads and, after a fork, processes may share the object."""
 
-    def __init__(self, path: str, prepare: Callable[[sqlite3.Connection], None]) -> None:
+    def __init__(self, path: str, before_writing: Callable[[sqlite3.Connection], None]) -> None:
         """Take the path of the file, and what to do with a new connection before it writes.
 
         Raise ValueError for a database in memory, Unavailable if the path is relative to a folder that is gone.
@@ -221,10 +222,10 @@ class Database:
             self.path = os.path.realpath(path)  # SQLite puts its log beside the file, not beside a link to it
         except FileNotFoundError:
             raise Unavailable(f"the current folder is gone, where {path} would be") from None
-        self._prepare = prepare
+        self._before_writing = before_writing
         self._file: tuple[int, int] | None = None  # the file that this process has had, which it never makes anew
-        self._seen = 0.0  # when it was last seen in its place
-        self._inherited: list[_Seat] = []
+        self._in_place_at = 0.0  # when it was last seen there, by time.monotonic
+        self._inherited: list[_Seat] = []  # kept, because to collect them would close them
         self._reader, self._writer = _Seat(), _Seat()
 
     def read(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
@@ -233,7 +234,7 @@ class Database:
         if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
             raise Busy("other threads are reading the database")
         try:
-            if time.monotonic() - self._seen > MOVED_INTERVAL:
+            if time.monotonic() - self._in_place_at > MOVED_INTERVAL:
                 self._check_place()
             if seat.connection is None:
                 try:
@@ -259,7 +260,7 @@ class Database:
         try:
             self._check_place()
             if seat.connection is None:
-                seat.connection = self._connect_writer()
+                seat.connection = self._connect(to_write=True)
             _insist(seat.connection, "BEGIN IMMEDIATE", deadline)  # a reader that turns writer could not wait
             try:
                 yield seat.connection
@@ -301,7 +302,7 @@ class Database:
                 os.unlink(part)
 
     def expect(self) -> None:
-        """Take it that the file is there already, from now on. Raise Unavailable if it is not."""
+        """Never make the file, from now on. Raise Unavailable if it is not there."""
         self._file = self._identify()
         if self._file is None:
             raise Unavailable("there is no such file")
@@ -317,13 +318,13 @@ class Database:
         self._inherited += [self._reader, self._writer]
         self._reader, self._writer = _Seat(), _Seat()
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, to_write: bool = False) -> sqlite3.Connection:
         """Return a new connection to the file, which is made if need be: private to its owner, with the table in it."""
         schema = read_file("schema.sql").decode()
         if self._file is None:
             with _creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with _creating, contextlib.suppress(OSError):
+        with _creating, contextlib.suppress(OSError):  # and wait for whoever makes it
             if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # SQLite would take it for an empty one and overwrite it
                 raise sqlite3.DatabaseError("file is not a database")
         connection = self._open("mode=rw")  # which makes no file
@@ -334,20 +335,13 @@ class Database:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
             connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
             connection.executescript(schema)
+            if to_write:
+                self._before_writing(connection)
+                connection.execute("PRAGMA busy_timeout = 0")  # transaction asks again by itself, and more often
         except BaseException:
             connection.close()
             raise
         self._file = self._file or self._identify()
-        return connection
-
-    def _connect_writer(self) -> sqlite3.Connection:
-        connection = self._connect()
-        try:
-            self._prepare(connection)
-            connection.execute("PRAGMA busy_timeout = 0")  # transaction asks again by itself, and more often
-        except BaseException:
-            connection.close()
-            raise
         return connection
 
     def _read_alone(self, statement: str, parameters: Mapping[str, Any], error: sqlite3.OperationalError) -> list[Any]:
@@ -386,7 +380,7 @@ class Database:
         """
         if self._file is not None and self._identify() != self._file:
             raise Unavailable("the file was moved or replaced: put it back, or start the service anew")
-        self._seen = time.monotonic()
+        self._in_place_at = time.monotonic()
 
     def _translate(self, error: sqlite3.OperationalError) -> Exception:
         """Return Busy or Unavailable for what may pass or be mended. Any other error is somebody's mistake: itself."""
@@ -481,6 +475,7 @@ class Users:
     """
 
     place: str  # where the users are, for people to read
+    # Declared here for the sake of types.
     find: Callable[[str], tuple[int, str] | None]
     insert: Callable[[str, str, str, str], int]
     page: Callable[..., tuple[bytes, int | None]]
@@ -585,11 +580,17 @@ _USER = """json_object(
 )"""
 
 
-def _page(beyond: str, last: str, order: str, condition: str = "") -> str:
-    """Return the statement of a page: the users, the id of the last one, and whether there are more beyond it.
+# A file that the tutorial's service made compares emails with case, unless it is told otherwise. It may hold two that
+# differ in case alone, whose users can still be updated; and another program may have given a user an id below 1, who
+# is nobody here.
+_HAS_EMAIL = "email COLLATE NOCASE = :email"
 
-    For an ascending one `after` must not be below 0, where nobody's ids are.
-    """
+
+def _page(descending: bool, by_email: bool) -> str:
+    """Return the statement of a page: the users, the id of the last one, and whether there are more behind it."""
+    beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
+    # SQLite seeks by one bound on each side: where ids go up, `after` is the lower one, and never below 0.
+    condition = ("AND id > 0 " if descending else "") + (f"AND {_HAS_EMAIL}" if by_email else "")
     return f"""
 WITH page AS (
     SELECT group_concat(user, ',') AS users, {last}(id) AS last
@@ -603,19 +604,14 @@ SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditi
 """
 
 
-# A file that the tutorial's service made compares emails with case, unless it is told otherwise. It may hold two that
-# differ in case alone, whose users can still be updated; and another program may have given a user an id below 1, who
-# is nobody here.
-_HAS_EMAIL = "email COLLATE NOCASE = :email"
-_ASCENDING = _page(">", "max", "ASC")
-_DESCENDING = _page("<", "min", "DESC", "AND id > 0")
-_ASCENDING_BY_EMAIL = _page(">", "max", "ASC", f"AND {_HAS_EMAIL}")
-_DESCENDING_BY_EMAIL = _page("<", "min", "DESC", f"AND id > 0 AND {_HAS_EMAIL}")
+_PAGES = {
+    (descending, by_email): _page(descending, by_email) for descending in (False, True) for by_email in (False, True)
+}
 _FIND = f"""
-SELECT id, password FROM "user" WHERE {_HAS_EMAIL} ORDER BY email COLLATE BINARY = :email DESC, id LIMIT 1
+SELECT id, CAST(password AS TEXT) FROM "user" WHERE {_HAS_EMAIL} ORDER BY email COLLATE BINARY = :email DESC, id LIMIT 1
 """
 _GET = f"""SELECT {_USER} FROM "user" WHERE id = :id AND id > 0"""
-_GET_PASSWORD = """SELECT password FROM "user" WHERE id = :id AND id > 0"""
+_GET_PASSWORD = """SELECT CAST(password AS TEXT) FROM "user" WHERE id = :id AND id > 0"""
 _INSERT = f"""
 INSERT INTO "user" (first_name, last_name, email, password)
 SELECT :first_name, :last_name, :email, :password_hash
@@ -655,7 +651,7 @@ class SQLiteUsers(Users):
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password's hash of the user who has this email, or else has it in another case."""
         rows = self._database.read(_FIND, {"email": email})
-        return (rows[0][0], _utf8(rows[0][1]).decode()) if rows else None
+        return (rows[0][0], _text(rows[0][1])) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
@@ -667,19 +663,16 @@ class SQLiteUsers(Users):
             return cursor.lastrowid or 0
 
     def page(
-        self, limit: int, after: int | None = None, email: str | None = None, descending: bool = False
+        self, limit: int, after: float | None = None, email: str | None = None, descending: bool = False
     ) -> tuple[bytes, int | None]:
         """Return the first users behind an id, as JSON objects with commas between, by id or `descending`.
 
         And the id behind which there are more, or None. With an email, only who has it counts.
         """
-        if descending:
-            statement = _DESCENDING if email is None else _DESCENDING_BY_EMAIL
-            start: float = float("inf") if after is None else after
-        else:
-            statement = _ASCENDING if email is None else _ASCENDING_BY_EMAIL
-            start = after or 0
-        [(users, last, more)] = self._database.read(statement, {"after": start, "limit": limit, "email": email})
+        if after is None:
+            after = float("inf") if descending else 0
+        parameters = {"after": after, "limit": limit, "email": email}
+        [(users, last, more)] = self._database.read(_PAGES[descending, email is not None], parameters)
         return _utf8(users or b""), last if more else None
 
     def get(self, user_id: int) -> bytes:
@@ -691,7 +684,7 @@ class SQLiteUsers(Users):
 
     def get_password(self, user_id: int) -> str:
         """Return the hash of a user's password. Raise NoSuchUser."""
-        return _utf8(_only(self._database.read(_GET_PASSWORD, {"id": user_id}))).decode()
+        return _text(_only(self._database.read(_GET_PASSWORD, {"id": user_id})))
 
     def update(self, user_id: int, first_name: str, last_name: str, email: str, check: Check | None = None) -> None:
         """Give a user other names and another email. Raise NoSuchUser, EmailTaken, and what the check raises."""
@@ -726,7 +719,7 @@ class SQLiteUsers(Users):
         self._database.read(_CHECK, {})
 
     def initialise(self, force: bool) -> None:
-        """Make the table. Raise TableInUse if it holds users, unless forced to drop them."""
+        """Make the table, as any use does. Raise TableInUse if it holds users, unless forced to drop them first."""
         with self._database.transaction() as connection:
             count = _only(connection.execute(_COUNT).fetchall())
             if count and not force:
@@ -736,8 +729,8 @@ class SQLiteUsers(Users):
                 connection.execute(read_file("schema.sql").decode())  # one statement: executescript would commit first
 
     def prepare(self) -> None:
-        """Make ready what can be made ready before the first request."""
-        with contextlib.suppress(Unavailable), self._database.transaction():  # what may only be read is served, too
+        """Make the file, its table and its index. What may only be read is served as it is."""
+        with contextlib.suppress(Unavailable), self._database.transaction():
             pass
 
     def expect(self) -> None:
@@ -765,7 +758,7 @@ def _renew(reference: weakref.ref[Users]) -> None:
 
 
 def _index_emails(connection: sqlite3.Connection) -> None:
-    """Give a file that the tutorial's service made what to look emails up by without case."""
+    """Add an index for emails without case to a file that has none: the tutorial's."""
     if not connection.execute(_EMAIL_INDEX).fetchall():
         connection.execute(_CREATE_EMAIL_INDEX)
 
@@ -780,6 +773,11 @@ def _only(rows: list[Any]) -> Any:
 def _utf8(text: bytes) -> bytes:
     """Return the text with U+FFFD for whatever is not UTF-8: a cell written from outside may hold anything."""
     return text if text.isascii() else text.decode("utf-8", "replace").encode()
+
+
+def _text(cell: bytes | None) -> str:
+    """Return a cell as a str: an empty one for NULL, which another program may have stored."""
+    return _utf8(cell or b"").decode()
 
 
 def count_users(count: int) -> str:
@@ -813,7 +811,7 @@ _HEADERS = (  # of every response
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
 )
-_LENGTH = re.compile("[0-9]{1,4000}")  # not \d, which takes the digits of every script; int() takes no more than 4300
+_DIGITS = re.compile("[0-9]{1,4000}")  # not \d, which takes the digits of every script; int() takes no more than 4300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
@@ -855,7 +853,7 @@ def complete(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[b
     """Return the response as PEP 3333 has it: the status line, all headers, the body."""
     status, body, extra = response
     if body is None:
-        return status, [*_HEADERS, *extra], (b"",)  # hypercorn waits for something to begin with
+        return status, [*_HEADERS, *extra], (b"",)  # hypercorn sends no head before the first part
     if isinstance(body, bytes):
         return status, [*_HEADERS, *extra, ("Content-Length", str(len(body)))], (body,)
     return status, [*_HEADERS, *extra], body
@@ -889,7 +887,7 @@ def read_fields(environ: WSGIEnvironment, names: Sequence[str]) -> list[str]:
 
 
 def check_field(name: str, value: object) -> str:
-    """Return the value of a field, if it is what it must be. Raise HTTPError: 400, and begin with the field's name."""
+    """Return a field's value, if it is valid. Raise HTTPError: 400; its message begins with the field's name."""
     problem = _find_problem(name, value)
     if problem:
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
@@ -904,14 +902,14 @@ def read_query(environ: WSGIEnvironment) -> dict[str, str]:
 
 def read_number(text: str, name: str, low: int, high: int) -> int:
     """Return the number that a parameter of the query gives. Raise HTTPError: 400."""
-    if not _LENGTH.fullmatch(text) or not low <= int(text) <= high:
+    if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} must be a number from {low} to {high}")
     return int(text)
 
 
 def parse_length(text: str) -> int:
     """Return the number of bytes that a Content-Length announces (RFC 9110 8.6). Raise HTTPError: 400."""
-    if not _LENGTH.fullmatch(text):
+    if not _DIGITS.fullmatch(text):
         raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length must be a number in decimal digits")
     return int(text)
 
@@ -922,7 +920,7 @@ def make_entity_tag(body: bytes) -> str:
 
 
 def check_preconditions(environ: WSGIEnvironment, body: bytes | None) -> bool:
-    """Tell whether a GET would bring the client only what it has: the body, or None if there is none (RFC 9110 13.2.2).
+    """Tell whether the answer to a GET is 304. `body` is the user as it is now; None: there is none (RFC 9110 13.2.2).
 
     Raise HTTPError: 412 if the client does not want the request to be met as things are.
     """
@@ -1062,13 +1060,13 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 200 with the id. A password in the body is ignored, as any other field is."""
     first_name, last_name, email = read_fields(environ, _PROFILE)
-    users.update(user_id, first_name, last_name, email, _check(environ))
+    users.update(user_id, first_name, last_name, email, _precondition(environ))
     return OK, to_json({"id": user_id}), (JSON,)
 
 
 def delete_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Answer 204, whether the user existed or not."""
-    users.delete(user_id, _check(environ))
+    users.delete(user_id, _precondition(environ))
     return NO_CONTENT, None, ()
 
 
@@ -1121,7 +1119,9 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_page}),
     (re.compile("/openapi[.]json"), {"GET": get_document}),
 )
-OPEN = re.compile("/health/?|/?|/openapi[.]json")  # the paths that ask for no token: there is nothing secret in them
+TOKENLESS = re.compile(
+    "/health/?|/?|/openapi[.]json"
+)  # the paths that ask for no token: there is nothing secret in them
 
 
 def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
@@ -1137,7 +1137,7 @@ def _has_preconditions(environ: WSGIEnvironment) -> bool:
     return "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ
 
 
-def _check(environ: WSGIEnvironment) -> Check | None:
+def _precondition(environ: WSGIEnvironment) -> Check | None:
     """Return what judges the request's preconditions by the user as it is when it is written."""
     if not _has_preconditions(environ):
         return None
@@ -1161,14 +1161,18 @@ def has_page() -> bool:
 def _read_page() -> tuple[bytes, str]:
     """Return the page and the policy that lets a browser run its script, and use its style, and no others."""
     page = _read_optional("index.html")
-    sources = {}
-    for name in ("script", "style"):
-        [text] = re.findall(b"<%b>(.*?)</%b>" % (name.encode(), name.encode()), page, re.DOTALL)
-        sources[name] = base64.b64encode(hashlib.sha256(text).digest()).decode()
     return page, (
-        f"default-src 'none'; script-src 'sha256-{sources['script']}'; style-src 'sha256-{sources['style']}'; "
+        "default-src 'none'; "
+        f"script-src {_hash_elements(b'script', page)}; style-src {_hash_elements(b'style', page)}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _hash_elements(name: bytes, page: bytes) -> str:
+    """Return how the policy names what stands in a page's elements of this name (CSP Level 3, 2.3.1)."""
+    texts = re.findall(b"<%b>(.*?)</%b>" % (name, name), page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
 
 @functools.cache
@@ -1183,7 +1187,8 @@ def _read_optional(name: str) -> bytes:
 # -- application -------------------------------------------------------------------------------------------------------
 # PEP 3333. Here alone errors become responses, and tracebacks are written.
 
-_ERRORS: dict[type[Exception], HTTPError] = {
+# Answers, which are never raised: an exception that is raised again and again keeps the frames of each time.
+ERRORS: dict[type[Exception], HTTPError] = {
     EmailTaken: HTTPError(HTTPStatus.BAD_REQUEST, "This email is already registered"),
     NoSuchUser: HTTPError(HTTPStatus.NOT_FOUND, "Invalid user id"),
     WrongPassword: HTTPError(HTTPStatus.FORBIDDEN, "Wrong password"),
@@ -1197,11 +1202,6 @@ _ERRORS: dict[type[Exception], HTTPError] = {
     ),
 }
 _INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
-_UNAUTHORIZED = HTTPError(
-    HTTPStatus.UNAUTHORIZED,
-    "Send the header Authorization: Bearer TOKEN",
-    ("WWW-Authenticate", "Bearer"),  # RFC 6750 3
-)
 _VISIBLE = re.compile("[!-~]+")
 
 
@@ -1230,8 +1230,11 @@ class Application:
     def _respond(self, environ: WSGIEnvironment) -> Response:
         """Return the response of the path's handler for the method. Raise what it raises; HTTPError: 401, 404, 405."""
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
-        if self.token and not (OPEN.fullmatch(path) or _carries(self.token, environ.get("HTTP_AUTHORIZATION", ""))):
-            raise _UNAUTHORIZED
+        if self.token and not (
+            TOKENLESS.fullmatch(path) or _carries(self.token, environ.get("HTTP_AUTHORIZATION", ""))
+        ):
+            challenge = ("WWW-Authenticate", "Bearer")  # RFC 6750 3
+            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", challenge)
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
                 if handler := handlers.get("GET" if method == "HEAD" else method):
@@ -1304,7 +1307,7 @@ def _carries(token: bytes, authorization: str) -> bool:
 
 def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return what to tell the client; write to wsgi.errors what to tell the operator."""
-    answer = error if isinstance(error, HTTPError) else _ERRORS.get(type(error), _INTERNAL_ERROR)
+    answer = error if isinstance(error, HTTPError) else ERRORS.get(type(error), _INTERNAL_ERROR)
     with contextlib.suppress(OSError, ValueError):  # a log that cannot be written to, or is closed
         if answer is _INTERNAL_ERROR:
             traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
@@ -1544,9 +1547,9 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 class RequestHandler(WSGIRequestHandler):
     """One connection: its requests, one after another.
 
-    Reads take turns: one thread at a time calls the application for a GET and sends what the socket takes at once.
-    Threads that fight for the GIL between the two answer a third fewer requests. No write, no hash and no slow client
-    is waited for in that turn.
+    Reads take turns: one thread at a time calls the application for a GET and sends what the socket takes at once,
+    because threads that fight for the GIL between the two answer fewer requests. No write, no hash and no slow client
+    is waited for in that turn, and a database that keeps one waiting keeps the others only for TURN_TIMEOUT.
     """
 
     server: Server
@@ -1567,7 +1570,7 @@ class RequestHandler(WSGIRequestHandler):
         """Answer requests until either side wants no more."""
         with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
             if len(self.server.connections) > self.server.max_connections:
-                self._refuse(_ERRORS[Busy])
+                self._refuse(ERRORS[Busy])
             while not self.close_connection:
                 self.handle_one_request()
             if self.linger or self.received:
@@ -1590,7 +1593,7 @@ class RequestHandler(WSGIRequestHandler):
             environ["wsgi.input"] = io.BytesIO(self._receive_body(environ))
             environ["wsgi.errors"] = sys.stderr
         except socket.timeout:
-            if self.received:
+            if self.head:
                 self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
             self.close_connection = True
         except HTTPError as error:
@@ -1612,7 +1615,7 @@ class RequestHandler(WSGIRequestHandler):
         """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
         deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
         searched = 0
-        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):
+        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):  # it may begin two bytes earlier
             self.head = self.received
             check_head_size(self.received)
             searched = len(self.received)
@@ -1688,8 +1691,7 @@ class RequestHandler(WSGIRequestHandler):
 
     def _answer(self, environ: WSGIEnvironment) -> None:
         """Send what the application answers. If its body fails midway, the response has no proper end."""
-        is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        with self.server.reading if is_read else contextlib.nullcontext():
+        with self._turn(environ["REQUEST_METHOD"]):
             parts = iter(self.server.application(environ, self._start_response))
             part = next(parts, b"")
             status, headers = self.started
@@ -1713,6 +1715,16 @@ class RequestHandler(WSGIRequestHandler):
             write_log(f"profiler: {self._request_line()}: the answer broke off after {size} bytes: {error!r}\n")
         else:
             self.log_request(code, size)
+
+    @contextlib.contextmanager
+    def _turn(self, method: str) -> Iterator[None]:
+        """Hold the readers' turn, if this is a read and nobody holds it for long."""
+        has_turn = method in ("GET", "HEAD") and self.server.reading.acquire(timeout=TURN_TIMEOUT)
+        try:
+            yield
+        finally:
+            if has_turn:
+                self.server.reading.release()
 
     def _settle(self, code: int, headers: list[tuple[str, str]], environ: WSGIEnvironment) -> bool:
         """Add the connection's own headers. Tell whether the body is chunked, so that its end can be told."""
@@ -1762,7 +1774,7 @@ def _log_time(second: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say (default: sys.argv). Return the exit status: 1 for what failed, 2 for a bad setting.
+    """Do what the arguments say (default: sys.argv). Return 0, or 1 for what failed; exit with 2 for a bad setting.
 
     As a CGI program (RFC 3875) answer one request: there the arguments are the client's.
     """
@@ -1789,7 +1801,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except (Unavailable, sqlite3.Error) as error:
         return _fail(f"{users.place}: {error}. Another database is chosen by --database")
-    except (HTTPError, NoSuchUser, TableInUse, OSError) as error:
+    except (_Failure, HTTPError, NoSuchUser, TableInUse, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:  # before there was anything to stop
         return 128 + signal.SIGINT
@@ -1798,15 +1810,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _BadSetting(Exception):
+class _Failure(Exception):
+    """What kept a command from doing its work."""
+
+
+class _BadSetting(argparse.ArgumentTypeError):
     """An argument or a variable of the environment that cannot be."""
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    environ = os.environ.get
-    port = environ("PROFILER_PORT") or ""
-    if port.startswith("tcp://"):  # not meant for us: Kubernetes sets it so for a Service that is called profiler
-        port = ""
     parser = argparse.ArgumentParser(
         prog="profiler",
         description="User accounts over HTTP. Without a command: serve them.",
@@ -1815,10 +1827,17 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--host", type=_address, default=environ("PROFILER_HOST") or HOST, help=f"the address to serve on ({HOST})")
-    add("--port", type=_port, default=port or environ("PORT") or PORT, help=f"the port; 0 is any free one ({PORT})")
-    add("--database", default=environ("PROFILER_DATABASE") or DATABASE, help=f"the SQLite file, or a URL ({DATABASE})")
-    add("--token-file", type=_token, metavar="PATH", help="a file with the token that every request must carry")
+    add("--host", type=_address, help=f"the address to serve on ({HOST})")
+    add("--port", type=_port, help=f"the port; 0 is any free one ({PORT})")
+    database = os.environ.get("PROFILER_DATABASE") or DATABASE
+    add("--database", default=database, help=f"the SQLite file, or a URL ({DATABASE})")
+    add(
+        "--token-file",
+        type=_token,
+        dest="token",
+        metavar="PATH",
+        help="a file with the token that every request must carry",
+    )
     add("--anonymous", action="store_true", help="serve any address, and under any name, without a token")
     add("--no-access-log", action="store_true", help="write no line for each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
@@ -1828,15 +1847,21 @@ def _make_parser() -> argparse.ArgumentParser:
     every.add_argument("--database", default=argparse.SUPPRESS, help="the SQLite file, or a URL")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    initialise = commands.add_parser("initialise-database", parents=[every], help="make the table of users")
+    initialise = commands.add_parser(
+        "initialise-database", parents=[every], allow_abbrev=False, help="make the table of users"
+    )
     initialise.add_argument("--force", action="store_true", help="drop the users in the table, for good")
     initialise.set_defaults(run=_initialise_database)
 
-    set_password = commands.add_parser("set-password", parents=[every], help="give a user another password")
+    set_password = commands.add_parser(
+        "set-password", parents=[every], allow_abbrev=False, help="give a user another password"
+    )
     set_password.add_argument("email", metavar="EMAIL", help="whose; the password is read from the terminal or stdin")
     set_password.set_defaults(run=_set_password)
 
-    backup = commands.add_parser("backup", parents=[every], help="copy the database while it is served")
+    backup = commands.add_parser(
+        "backup", parents=[every], allow_abbrev=False, help="copy the database while it is served"
+    )
     backup.add_argument("path", metavar="PATH", help="where to; a file that is not there yet")
     backup.set_defaults(run=_backup)
     return parser
@@ -1846,14 +1871,14 @@ def _address(text: str) -> str:
     try:
         return str(socket.getaddrinfo(text.encode(), 0, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}, from the flag or PROFILER_HOST: {error.strerror}") from None
+        raise _BadSetting(f"{text!r}, from the flag or PROFILER_HOST: {error.strerror}") from None
 
 
 def _port(text: str) -> int:
     if re.fullmatch("[0-9]{1,5}", text) and int(text) <= MAX_PORT:
         return int(text)
     message = f"{text!r}, from the flag, PROFILER_PORT or PORT, is no number from 0 to {MAX_PORT}"
-    raise argparse.ArgumentTypeError(message)
+    raise _BadSetting(message)
 
 
 def _token(path: str) -> str:
@@ -1861,40 +1886,41 @@ def _token(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise _BadSetting(str(error)) from None
 
 
 def _serve(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
-    token = os.environ.get("PROFILER_TOKEN") if arguments.token_file is None else arguments.token_file
+    environ = os.environ.get
+    own_port = environ("PROFILER_PORT") or ""
+    if own_port.startswith("tcp://"):  # not meant for us: Kubernetes sets it so for a Service that is called profiler
+        own_port = ""
+    host = arguments.host or _address(environ("PROFILER_HOST") or HOST)
+    port = _port(own_port or environ("PORT") or PORT) if arguments.port is None else arguments.port
+    token = environ("PROFILER_TOKEN") if arguments.token is None else arguments.token
     try:
         app = Application(users, token)
     except ValueError as error:
         raise _BadSetting(str(error)) from None
-    is_loopback = arguments.host.startswith("127.") or arguments.host == "::1"
     is_open = token is None and not arguments.anonymous
-    if is_open and not is_loopback:
-        raise _BadSetting(
-            f"--host {arguments.host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
-        )
+    if is_open and not (host.startswith("127.") or host == "::1"):
+        raise _BadSetting(f"--host {host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
     users.prepare()
     count = users.count()  # a database that cannot be used is told now
-    users.close()
+    users.close()  # what was read to count them need not stay in memory
     _save_address_space()
     try:
-        server = Server(arguments.host, arguments.port, app, not arguments.no_access_log, check_host=is_open)
+        server = Server(host, port, app, not arguments.no_access_log, check_host=is_open)
     except OSError as error:
-        raise OSError(
-            f"port {arguments.port} of {arguments.host}: {error.strerror}: choose another --port or --host"
-        ) from None
+        raise _Failure(f"port {port} of {host}: {error.strerror}: choose another --port or --host") from None
     with server:
         server.max_connections = max(1, min(MAX_CONNECTIONS, _raise_file_limit() - MAX_REFUSALS - RESERVED_FILES))
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         for signum in signals:
             if signum in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup says
                 signal.signal(signum, server.stop)
-        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        _say(f"http://{host}:{server.server_port}/{'' if has_page() else 'users/'}")
+        name = f"[{host}]" if ":" in host else host
+        _say(f"http://{name}:{server.server_port}/{'' if has_page() else 'users/'}")
         _say(f"The database is {users.place}; it holds {count_users(count)}. Ctrl-C stops the server.")
         server.serve()
         for signum in signals:
@@ -1907,7 +1933,8 @@ def _save_address_space() -> None:
     with contextlib.suppress(Exception):  # another C library, or a Python without ctypes
         import ctypes
 
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        m_arena_max = -8  # malloc.h
+        ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 def _raise_file_limit() -> int:
@@ -1930,11 +1957,11 @@ def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:
 
 def _set_password(arguments: argparse.Namespace, users: Users) -> None:
     users.expect()
-    if not users.find(arguments.email):  # before anybody types a password
+    if not users.find(check_field("email", arguments.email)):  # before anybody types a password
         raise NoSuchUser(f"nobody has the email {arguments.email}")
     password = check_field("password", _read_password())
     if not password.strip():
-        raise OSError("the password must not be blank")
+        raise _Failure("the password must not be blank")
     users.set_password(arguments.email, password)
     _say(f"{arguments.email} has another password now.")
 
@@ -1942,7 +1969,7 @@ def _set_password(arguments: argparse.Namespace, users: Users) -> None:
 def _read_password() -> str:
     """Return a new password: twice the same from a terminal, without echo, or a line of stdin. Raise OSError."""
     if sys.stdin is None:
-        raise OSError("stdin is closed: the password is read from there")
+        raise _Failure("stdin is closed: the password is read from there")
     try:
         if not sys.stdin.isatty():
             return sys.stdin.buffer.readline().decode().rstrip("\r\n")
@@ -1950,10 +1977,10 @@ def _read_password() -> str:
 
         password = getpass.getpass("New password: ")
         if getpass.getpass("Once more: ") != password:
-            raise OSError("the two differ: nothing was changed")
+            raise _Failure("the two differ: nothing was changed")
         return password
     except (UnicodeDecodeError, EOFError):
-        raise OSError("a password must be given, in UTF-8") from None
+        raise _Failure("a password must be given, in UTF-8") from None
 
 
 def _backup(arguments: argparse.Namespace, users: Users) -> None:
@@ -1970,7 +1997,7 @@ def _say(message: str) -> None:
     try:
         print(message, flush=True)
     except OSError as error:
-        raise OSError(f"stdout cannot be written to: {error.strerror}") from None
+        raise _Failure(f"stdout cannot be written to: {error.strerror}") from None
 
 
 def _fail(message: str) -> int:

@@ -374,7 +374,7 @@ def test_a_relative_path_is_settled_when_the_application_is_made(tmp_path, monke
 def test_two_connections_serve_all_threads(application, database, monkeypatch):
     connects = []
     connect = database._connect
-    monkeypatch.setattr(database, "_connect", lambda: connects.append(1) or connect())
+    monkeypatch.setattr(database, "_connect", lambda *how, **options: connects.append(1) or connect(*how, **options))
     with ThreadPoolExecutor(8) as threads:
         assert {answer.status for answer in threads.map(lambda _: call(application), range(40))} == {200}
         deletes = threads.map(lambda _: call(application, "DELETE", "/users/1/"), range(40))
@@ -398,7 +398,7 @@ class Broken:
 
 
 def test_a_transaction_that_can_neither_commit_nor_roll_back_is_not_the_next_ones(application, database):
-    connection = database._connect_writer()
+    connection = database._connect(to_write=True)
     database._writer.connection = Broken(connection)
     assert post(application).status == 503
     with pytest.raises(sqlite3.ProgrammingError):
@@ -979,6 +979,14 @@ def test_a_hash_of_scrypt_stays(client, users):
     assert users.get_password(1) == stored
 
 
+@pytest.mark.parametrize("stored", ["NULL", "x'ff'", "''", "17"])
+def test_what_another_program_stored_as_a_password_is_nobodys(client, path, stored):
+    execute(path, 'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)')
+    execute(path, f"INSERT INTO \"user\" VALUES (1, 'H', 'P', 'harry@example.com', {stored}, '')")
+    client.post_json("/users/verify/", HARRY, status=403)
+    client.put_json("/users/1/password/", {"old_password": "1234", "new_password": "5678"}, status=403)
+
+
 def test_a_hash_that_somebody_changes_meanwhile_is_not_made_anew(application, users, monkeypatch):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     replace = users.replace_password
@@ -1192,12 +1200,7 @@ def test_of_such_users_the_one_whose_email_is_written_so_is_verified(client, twi
 
 def test_a_page_does_not_look_at_the_users_before_it(path):
     fill(path, 1)
-    for statement in (
-        profiler._ASCENDING,
-        profiler._DESCENDING,
-        profiler._ASCENDING_BY_EMAIL,
-        profiler._DESCENDING_BY_EMAIL,
-    ):
+    for statement in profiler._PAGES.values():
         parameters = {"after": 1, "limit": 1, "email": "a"}
         steps = [step for *_, step in execute(path, f"EXPLAIN QUERY PLAN {statement}", parameters)]
         searches = [step for step in steps if re.search(r" user\b", step)]
@@ -1219,8 +1222,8 @@ def test_a_page_begins_behind_its_id_and_not_at_the_first_user(path):
             connection.execute(statement, {"after": after, "limit": 10, "email": None}).fetchall()
             return len(steps)
 
-        assert cost(profiler._ASCENDING, 1900) <= cost(profiler._ASCENDING, 0) + 1
-        assert cost(profiler._DESCENDING, 100) <= cost(profiler._DESCENDING, 2001) + 1
+        assert cost(profiler._PAGES[False, False], 1900) <= cost(profiler._PAGES[False, False], 0) + 1
+        assert cost(profiler._PAGES[True, False], 100) <= cost(profiler._PAGES[True, False], 2001) + 1
 
 
 # -- HTTP ----------------------------------------------------------------------
@@ -1802,6 +1805,12 @@ def test_the_mount_point_without_its_slash_leads_to_the_page(beside):
     assert (answer.status, answer.headers["Location"]) == (308, "/accounts/")
 
 
+def test_a_page_of_somebody_else_may_run_nothing(beside):
+    answer = beside("/", index_html=b"<html>hello</html>")
+    assert (answer.status, answer.body) == (200, b"<html>hello</html>")
+    assert "script-src 'none'; style-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
 def test_a_document_beside_the_module_is_served_to_all(beside):
     answer = beside("/openapi.json", openapi_json=b"{}")
     assert (answer.status, answer.body, answer.headers["Content-Type"]) == (200, b"{}", "application/json")
@@ -2029,6 +2038,18 @@ def test_without_the_token_everything_is_401(guarded, method, path_info, authori
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
 def test_with_the_token_all_is_as_without_one(guarded, scheme):
     assert call(guarded, HTTP_AUTHORIZATION=f"{scheme} {TOKEN}").status == 200
+
+
+def test_a_thousand_who_are_not_let_in_leave_nothing_behind(guarded):
+    """An exception that is raised again keeps the frames, and so the requests, of every time."""
+    for _ in range(10):
+        call(guarded)
+    tracemalloc.start()
+    for _ in range(200):
+        assert call(guarded, "POST", body=b"x" * 10_000).status == 401
+    left, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert left < 200 * 10_000 / 2
 
 
 def test_health_asks_for_no_token(guarded):
@@ -2481,6 +2502,13 @@ def test_a_body_has_a_deadline_however_steadily_it_trickles(server, monkeypatch)
     assert b"\r\nConnection: close\r\n" in received
 
 
+def test_a_body_that_never_begins_is_408_too(server, monkeypatch):
+    monkeypatch.setattr(profiler, "BODY_TIMEOUT", 0.05)
+    with connected(server) as connection:
+        connection.sendall(POST % len(BODY))
+        assert receive(connection).startswith(b"HTTP/1.1 408 ")
+
+
 def test_an_idle_connection_is_closed_without_a_word(server, monkeypatch):
     monkeypatch.setattr(profiler, "IDLE_TIMEOUT", 0.05)
     with connected(server) as connection:
@@ -2532,6 +2560,18 @@ def test_no_write_waits_in_the_readers_turn(server, slow_hash):
         assert answer(reader).status == 200
         slow_hash.go_on.set()
         assert answer(writer).status == 201
+
+
+def test_a_read_that_waits_for_its_database_keeps_no_other_request_waiting_for_long(server, users, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(users, "get", lambda user_id: started.set() or (go_on.wait(10) and b"{}"))
+    with connected(server) as stuck, connected(server) as other:
+        stuck.sendall(GET.replace(b"/users/", b"/users/1/"))
+        assert started.wait(10)
+        other.sendall(GET)
+        assert answer(other).status == 200
+        go_on.set()
+        assert answer(stuck).status == 200
 
 
 def test_a_client_that_reads_slowly_but_does_read_is_served(server, path, monkeypatch):
@@ -2926,6 +2966,7 @@ def test_a_port_that_kubernetes_sets_for_a_service_of_this_name_is_none(tmp_path
         (["--frobnicate"], {}, "--frobnicate"),
         (["--host", "::1234"], {}, "--anonymous"),
         (["--force"], {}, "--force"),
+        (["initialise-database", "--f"], {}, "--f"),
         (["backup"], {}, "PATH"),
         (["set-password"], {}, "EMAIL"),
         (["frobnicate"], {}, "frobnicate"),
@@ -3044,6 +3085,11 @@ def test_initialise_database_of_an_empty_table_forgets_no_ids(tmp_path):
     assert execute(tmp_path / "db.sqlite3", 'SELECT id FROM "user"') == [(4,)]
 
 
+@pytest.mark.parametrize("setting", ["PROFILER_PORT", "PROFILER_HOST", "PORT"])
+def test_what_only_the_server_needs_is_looked_at_by_the_server_alone(harrys, setting):
+    assert run(harrys, "backup", "copy", **{setting: "no.such.thing.invalid"})[0] == 0
+
+
 def test_initialise_database_minds_no_setting_of_the_server(tmp_path):
     assert run(tmp_path, "initialise-database", PROFILER_HOST="0.0.0.0", PROFILER_TOKEN="short")[0] == 0
 
@@ -3088,6 +3134,7 @@ def test_set_password_reads_a_line_of_stdin(harrys, line):
     ("email", "line", "named"),
     [
         ("ron@example.com", b"5678\n", "ron@example.com"),
+        (b"\xff@example.com", b"5678\n", "email must not contain a lone surrogate"),
         ("harry@example.com", b"", "password"),
         ("harry@example.com", b" \n", "blank"),
         ("harry@example.com", b"5\0\n", "NUL"),
@@ -3182,12 +3229,11 @@ def test_an_underscore_stays_in_its_section():
     tree = ast.parse(source)
     homes = {}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node]
-        for target in targets:
-            for name in ast.walk(target) if isinstance(node, ast.Assign) else [target]:
-                known = getattr(name, "name", None) or getattr(name, "id", None)
-                if known and known.startswith("_") and not known.startswith("__"):
-                    homes[known] = section(node.lineno)
+        named = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        for name in (name for target in named for name in (ast.walk(target) if target is not node else [target])):
+            known = getattr(name, "name", None) or getattr(name, "id", None)
+            if known and known.startswith("_") and not known.startswith("__"):
+                homes[known] = section(node.lineno)
     assert len(homes) > 50
     strangers = {
         node.id
