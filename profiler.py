@@ -92,11 +92,12 @@ MIN_TOKEN = 16  # characters
 # The built-in server's; seconds unless it says otherwise.
 MAX_CONNECTIONS = 1000  # each has a thread
 MAX_REFUSALS = 50  # connections beyond that number, which are told 503
-RESERVED_FILES = 50  # open files that are kept for the database, the log and the like
+RESERVED_FILES = 32  # open files that are kept for the database, the log and the like
 STACK_SIZE = 512 * 1024  # bytes of a thread: 100 of them fit into 200 MB of address space
 MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_FIELDS = 100  # headers of a request: Apache's, and http.client's
+MAX_LOGGED = 512  # bytes of a request line: a pipe that takes anything takes a line of that much (PIPE_BUF)
 RECEIVE_SIZE = 64 * 1024  # bytes asked of a socket at once
 MAX_LINGER = 16 * 1024 * 1024  # bytes of a refused request that are read after the answer
 IDLE_TIMEOUT = 15.0  # between requests
@@ -286,6 +287,8 @@ class Database:
 
         if os.path.lexists(path):
             raise FileExistsError(f"{path} is there already: a backup goes to a new file")
+        if os.path.realpath(path).startswith(f"{self.path}-"):
+            raise OSError(f"{path} is a name that SQLite may use beside the database: choose another")
         folder, name = os.path.split(os.path.abspath(path))
         descriptor, part = tempfile.mkstemp(".part", f"{name}.", folder)
         os.close(descriptor)
@@ -941,6 +944,8 @@ def _matches(field: str, entity_tag: str | None, strongly: bool) -> bool:
         return False
     if field.strip() == "*":
         return True
+    if _ENTITY_TAG.sub("", field).strip(" \t,"):  # it is no list of ETags
+        return False
     return any(tag == entity_tag and not (weak and strongly) for weak, tag in _ENTITY_TAG.findall(field))
 
 
@@ -1257,7 +1262,7 @@ def create_app(
     PROFILER_TOKEN, every request must carry it (RFC 6750); without, all are let in.
     Raise ValueError for a database that cannot be, iterations outside 1..MAX_ITERATIONS, a token that is too short.
     """
-    if not 1 <= iterations <= MAX_ITERATIONS:
+    if type(iterations) is not int or not 1 <= iterations <= MAX_ITERATIONS:
         raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or DATABASE
@@ -1326,7 +1331,7 @@ _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)"
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
 HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
-_ABSOLUTE = re.compile(rf"https?://({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
+_ABSOLUTE = re.compile(rf"https?://(?![/?#]|$)({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
 _LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 
 
@@ -1470,7 +1475,8 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.access_log = access_log
         self.check_host = check_host
-        self.max_connections = MAX_CONNECTIONS
+        self.max_connections, self.max_refusals = MAX_CONNECTIONS, MAX_REFUSALS
+        self.log = Log()
         self.stopping = False
         self.reading = threading.Lock()  # held while a read is answered: see RequestHandler
         self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
@@ -1522,7 +1528,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Take a connection too many, too, so that it can be told; but not many of those."""
-        return len(self.connections) < self.max_connections + MAX_REFUSALS
+        return len(self.connections) < self.max_connections + self.max_refusals
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection its thread, or close it where the system has no more threads."""
@@ -1541,7 +1547,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Write the traceback of what nobody expected to the log."""
-        write_log(traceback.format_exc())
+        self.log.write(traceback.format_exc())
 
 
 class RequestHandler(WSGIRequestHandler):
@@ -1591,7 +1597,7 @@ class RequestHandler(WSGIRequestHandler):
             if self.server.check_host:
                 check_local_host(environ)
             environ["wsgi.input"] = io.BytesIO(self._receive_body(environ))
-            environ["wsgi.errors"] = sys.stderr
+            environ["wsgi.errors"] = self.server.log
         except socket.timeout:
             if self.head:
                 self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
@@ -1609,7 +1615,7 @@ class RequestHandler(WSGIRequestHandler):
         if self.server.access_log:
             request = self._request_line().encode("unicode_escape").decode().replace('"', '\\"')
             moment = _log_time(int(time.time()))
-            write_log(f'{self.client_address[0]} - - [{moment}] "{request}" {code} {size}\n')
+            self.server.log.write(f'{self.client_address[0]} - - [{moment}] "{request}" {code} {size}\n')
 
     def _receive_head(self) -> bytes:
         """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
@@ -1631,8 +1637,8 @@ class RequestHandler(WSGIRequestHandler):
         return self.head
 
     def _request_line(self) -> str:
-        """Return the first line of the request, for the log."""
-        return self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r").decode("latin-1")
+        """Return the first line of the request, or the beginning of a long one, for the log."""
+        return self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED].decode("latin-1")
 
     def _receive_body(self, environ: WSGIEnvironment) -> bytes:
         """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
@@ -1712,7 +1718,9 @@ class RequestHandler(WSGIRequestHandler):
             raise
         except Exception as error:
             self.close_connection = True
-            write_log(f"profiler: {self._request_line()}: the answer broke off after {size} bytes: {error!r}\n")
+            self.server.log.write(
+                f"profiler: {self._request_line()}: the answer broke off after {size} bytes: {error!r}\n"
+            )
         else:
             self.log_request(code, size)
 
@@ -1754,10 +1762,23 @@ class RequestHandler(WSGIRequestHandler):
             left -= len(more)
 
 
-def write_log(text: str) -> None:
-    """Write to stderr, if it can be written to: a log that nobody reads ends nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(text)
+class Log(io.TextIOBase):
+    """stderr, less what it does not take at once: a log that is full, closed or not read any more ends nothing."""
+
+    def write(self, text: str) -> int:
+        """Write the text, or drop it."""
+        with contextlib.suppress(OSError, ValueError):
+            if _is_writable(sys.stderr):
+                sys.stderr.write(text)
+        return len(text)
+
+
+def _is_writable(stream: Any) -> bool:
+    """Tell whether a stream takes some text without waiting, as far as the system can tell."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError):  # it is no file; or this is Windows, which tells it of sockets alone
+        return True
 
 
 def _format_part(part: bytes, chunked: bool) -> bytes:
@@ -1914,7 +1935,9 @@ def _serve(arguments: argparse.Namespace, users: Users) -> None:
     except OSError as error:
         raise _Failure(f"port {port} of {host}: {error.strerror}: choose another --port or --host") from None
     with server:
-        server.max_connections = max(1, min(MAX_CONNECTIONS, _raise_file_limit() - MAX_REFUSALS - RESERVED_FILES))
+        spare = max(2, _raise_file_limit() - RESERVED_FILES)
+        server.max_refusals = min(MAX_REFUSALS, spare // 10)
+        server.max_connections = min(MAX_CONNECTIONS, spare - server.max_refusals)
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         for signum in signals:
             if signum in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup says
@@ -2001,7 +2024,7 @@ def _say(message: str) -> None:
 
 
 def _fail(message: str) -> int:
-    write_log(f"profiler: {message}\n")
+    Log().write(f"profiler: {message}\n")
     return 1
 
 
