@@ -1697,13 +1697,17 @@ class RequestHandler(WSGIRequestHandler):
 
     def _answer(self, environ: WSGIEnvironment) -> None:
         """Send what the application answers. If its body fails midway, the response has no proper end."""
-        with self._turn(environ["REQUEST_METHOD"]):
+        has_turn = environ["REQUEST_METHOD"] in ("GET", "HEAD") and self.server.reading.acquire(timeout=TURN_TIMEOUT)
+        try:
             parts = iter(self.server.application(environ, self._start_response))
             part = next(parts, b"")
             status, headers = self.started
             code = int(status[:3])
             chunked = self._settle(code, headers, environ)
             rest = self._send_at_once(format_head(status, headers) + _format_part(part, chunked))
+        finally:
+            if has_turn:
+                self.server.reading.release()
         size = len(part)
         try:
             if rest:
@@ -1723,16 +1727,6 @@ class RequestHandler(WSGIRequestHandler):
             )
         else:
             self.log_request(code, size)
-
-    @contextlib.contextmanager
-    def _turn(self, method: str) -> Iterator[None]:
-        """Hold the readers' turn, if this is a read and nobody holds it for long."""
-        has_turn = method in ("GET", "HEAD") and self.server.reading.acquire(timeout=TURN_TIMEOUT)
-        try:
-            yield
-        finally:
-            if has_turn:
-                self.server.reading.release()
 
     def _settle(self, code: int, headers: list[tuple[str, str]], environ: WSGIEnvironment) -> bool:
         """Add the connection's own headers. Tell whether the body is chunked, so that its end can be told."""
