@@ -1378,8 +1378,10 @@ def check_local_host(environ: WSGIEnvironment) -> None:
 
 def wants_close(environ: WSGIEnvironment) -> bool:
     """Tell whether the request is its connection's last (RFC 9112 9.3): HTTP/1.0's always is, here."""
-    options = {option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")}
-    return environ["SERVER_PROTOCOL"] != "HTTP/1.1" or "close" in options
+    if environ["SERVER_PROTOCOL"] != "HTTP/1.1":
+        return True
+    options = environ.get("HTTP_CONNECTION", "").lower().split(",")
+    return "close" in [option.strip(" \t") for option in options]
 
 
 def format_head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -1455,6 +1457,9 @@ def _http_date(second: int) -> str:
 # wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
 # wait. Two things are replaced: http.server's reading of requests, by the parser above, and wsgiref's writing of
 # responses, which knows HTTP/1.0 alone. It serves the Application, which takes no body past MAX_BODY.
+
+
+_BODILESS = (204, 304)  # RFC 9110 6.4.1
 
 
 class Server(socketserver.ThreadingMixIn, WSGIServer):
@@ -1730,9 +1735,8 @@ class RequestHandler(WSGIRequestHandler):
 
     def _settle(self, code: int, headers: list[tuple[str, str]], environ: WSGIEnvironment) -> bool:
         """Add the connection's own headers. Tell whether the body is chunked, so that its end can be told."""
-        bodiless = environ["REQUEST_METHOD"] == "HEAD" or code in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-        is_whole = bodiless or any(name == "Content-Length" for name, _ in headers)
-        chunked = not is_whole and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+        bodiless = code in _BODILESS or environ["REQUEST_METHOD"] == "HEAD"
+        chunked = not bodiless and "Content-Length" not in dict(headers) and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
         if chunked:
             headers.append(("Transfer-Encoding", "chunked"))
         if self.close_connection or self.server.stopping or wants_close(environ):
