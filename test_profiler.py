@@ -2665,9 +2665,8 @@ def test_many_half_heads_delay_nobody(server):
         for _ in range(300):
             stack.enter_context(connected(server)).sendall(b"GET /users/ HT")
         with connected(server) as connection:
-            connection.settimeout(1)
             connection.sendall(GET)
-            assert answer(connection).status == 200
+            assert answer(connection).status == 200  # within the 10 s of a test's connection, and so before HEAD_TIMEOUT
 
 
 def test_responses_tell_the_date_and_the_server_but_no_python(server):
