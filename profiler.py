@@ -290,6 +290,8 @@ class Database:
         if os.path.realpath(path).startswith(f"{self.path}-"):
             raise OSError(f"{path} is a name that SQLite may use beside the database: choose another")
         folder, name = os.path.split(os.path.abspath(path))
+        if not os.path.isdir(folder):
+            raise OSError(f"{path} cannot be made: make the folder {folder}")
         descriptor, part = tempfile.mkstemp(".part", f"{name}.", folder)
         os.close(descriptor)
         try:
@@ -801,7 +803,10 @@ def open_users(database: str, iterations: int) -> Users:
         import profiler_sqlalchemy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         extra = "mysql" if database.startswith(("mysql", "mariadb")) else "postgresql"
-        raise ValueError(f"a database by URL needs `pip install 'profiler-users[{extra}]'` ({error})") from None
+        raise ValueError(
+            f"a database by URL needs profiler_sqlalchemy.py beside this module, and what "
+            f"`pip install 'profiler-users[{extra}]'` installs: {error}"
+        ) from None
     users: Users = profiler_sqlalchemy.SQLAlchemyUsers(database, iterations, hashers)
     return users
 
@@ -1317,7 +1322,7 @@ def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
         if answer is _INTERNAL_ERROR:
             traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
         elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            environ["wsgi.errors"].write(f"profiler: {answer.message}: {error}\n")
+            environ["wsgi.errors"].write(f"profiler: answered 503: {error}\n")
     return answer.response()
 
 
@@ -1905,7 +1910,7 @@ def _token(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except (OSError, ValueError) as error:
-        raise _BadSetting(str(error)) from None
+        raise _BadSetting(f"{path!r} cannot be read: {error}") from None
 
 
 def _serve(arguments: argparse.Namespace, users: Users) -> None:

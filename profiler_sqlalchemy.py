@@ -352,9 +352,9 @@ class SQLAlchemyUsers(profiler.Users):
         self.check()
 
     def backup(self, path: str, progress: object = None) -> None:
-        """Raise Unavailable: the server has its own program for that."""
+        """Raise OSError: the server has its own program for that."""
         program = {"postgresql": "pg_dump", "mysql": "mariadb-dump or mysqldump"}[self._engine.dialect.name]
-        raise Unavailable(f"a database server is not backed up from here: use {program}")
+        raise OSError(f"a database server is not backed up from here: use {program}")
 
     def close(self) -> None:
         """Close this process's connections. The next use opens others."""
@@ -453,14 +453,15 @@ def copy(source: str, target: str) -> str:
         if new_users.place == old_users.place:
             raise ValueError(f"{new_users.place} is both source and target")
         if held := new.scalar(_COUNT):
-            raise ValueError(f"{new_users.place} holds {held} users already: name a target without any")
+            raise ValueError(f"{new_users.place} holds {profiler.count_users(held)} already: name a target without any")
         # First of all, because MySQL commits what comes before an ALTER TABLE.
         _set_last_id(new, max(_last_id(old), _last_id(new), old.scalar(select(func.max(_user.id))) or 0))
         _carry(old, new)
         read, written = old_users.count(), new.scalar(_COUNT)
         if read != written:
             raise ValueError(f"{old_users.place} was written to meanwhile: stop the service, and copy again")
-    return f"{old_users.place} holds {read} users; {new_users.place} holds {written} users."
+    sides = ((old_users.place, read), (new_users.place, written))
+    return "; ".join(f"{place} holds {profiler.count_users(count)}" for place, count in sides) + "."
 
 
 @contextlib.contextmanager

@@ -2666,7 +2666,9 @@ def test_many_half_heads_delay_nobody(server):
             stack.enter_context(connected(server)).sendall(b"GET /users/ HT")
         with connected(server) as connection:
             connection.sendall(GET)
-            assert answer(connection).status == 200  # within the 10 s of a test's connection, and so before HEAD_TIMEOUT
+            assert (
+                answer(connection).status == 200
+            )  # within the 10 s of a test's connection, and so before HEAD_TIMEOUT
 
 
 def test_responses_tell_the_date_and_the_server_but_no_python(server):
@@ -2990,6 +2992,7 @@ def test_a_port_that_kubernetes_sets_for_a_service_of_this_name_is_none(tmp_path
         (["--database", ":memory:"], {}, "must be a file"),
         (["--token-file", "missing"], {}, "'missing'"),
         ([], {"PROFILER_TOKEN": "short"}, "token must be at least 16"),
+        (["--token-file", "."], {}, "'.' cannot be read"),
         ([], {"PROFILER_TOKEN": ""}, "token must be at least 16"),
         (["--host", "0.0.0.0"], {}, "--anonymous"),
         (["--host", "::"], {}, "--anonymous"),
@@ -3321,6 +3324,13 @@ def test_the_commands_of_an_operator_in_the_readme_are_what_happens(harrys):
         assert (output.stdout, output.stderr, output.returncode) == (expected.strip("\n") + "\n", "", 0)
     assert verifies(harrys, "correct horse battery staple")
     assert integrity(harrys / "copy.sqlite3") == [("ok",)]
+
+
+def test_the_python_in_the_readme_runs(tmp_path):
+    example = README.split("## Use it from Python\n")[1].split("```python\n")[1].split("```")[0]
+    program = f"{example}\nassert verify_password(password_hash, '1234')\nassert application.users.count() == 0"
+    output = run_program(program, tmp_path)
+    assert (output.returncode, output.stderr) == (0, "")
 
 
 def test_the_readme_names_every_flag_and_variable(tmp_path):
