@@ -106,7 +106,7 @@ BODY_TIMEOUT = 30.0  # from the end of the head to that of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # without the client sending anything, after the answer
 DRAIN_TIMEOUT = 10.0  # for what is in flight when the server is told to stop: what docker stop allows
-TURN_TIMEOUT = 0.1  # for the turn to read; then without it
+TURN_TIMEOUT = 0.1  # for a thread's turn; then it goes on without
 POLL_INTERVAL = 0.1  # until the server notices that it is told to stop
 MAX_PORT = 2**16 - 1
 
@@ -1248,7 +1248,8 @@ class Application:
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
                 if handler := handlers.get("GET" if method == "HEAD" else method):
-                    return handler(self.users, environ, *map(_read_id, match.groups()))
+                    ids = match.groups()
+                    return handler(self.users, environ, *map(_read_id, ids)) if ids else handler(self.users, environ)
                 allow = ("Allow", ", ".join(sorted([*handlers, "OPTIONS"] + ["HEAD"] * ("GET" in handlers))))
                 if method == "OPTIONS":
                     return NO_CONTENT, None, (allow,)
@@ -1488,7 +1489,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         self.max_connections, self.max_refusals = MAX_CONNECTIONS, MAX_REFUSALS
         self.log = Log()
         self.stopping = False
-        self.reading = threading.Lock()  # held while a read is answered: see RequestHandler
+        self.turn = threading.Lock()  # see RequestHandler
         self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
         self._closed = threading.Condition()
         super().__init__((host, port), RequestHandler)
@@ -1563,9 +1564,9 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 class RequestHandler(WSGIRequestHandler):
     """One connection: its requests, one after another.
 
-    Reads take turns: one thread at a time calls the application for a GET and sends what the socket takes at once,
-    because threads that fight for the GIL between the two answer fewer requests. No write, no hash and no slow client
-    is waited for in that turn, and a database that keeps one waiting keeps the others only for TURN_TIMEOUT.
+    Threads take turns: one at a time receives what has come, answers a read and sends what the socket takes at once,
+    because threads that fight for the GIL at each of these steps answer fewer requests. The turn is left before any
+    wait for a client and before any write or hash, and whoever does not get it within TURN_TIMEOUT goes on without it.
     """
 
     server: Server
@@ -1579,6 +1580,7 @@ class RequestHandler(WSGIRequestHandler):
         self.received = b""  # and not yet used
         self.close_connection = False
         self.linger = False
+        self.has_turn = False
         self.head = b""  # of the request that is being answered, as far as it has come
         self.started: tuple[str, list[tuple[str, str]]] = ("", [])
 
@@ -1593,7 +1595,8 @@ class RequestHandler(WSGIRequestHandler):
                 self._linger()
 
     def finish(self) -> None:
-        """Leave it to the server to close the connection."""
+        """Leave the turn, whatever happened; the server closes the connection."""
+        self._leave_turn()
 
     def handle_one_request(self) -> None:
         """Receive a request and answer it. Raise OSError if the client is not there."""
@@ -1670,6 +1673,7 @@ class RequestHandler(WSGIRequestHandler):
     def _receive(self, deadline: float) -> bytes:
         """Return some of what the client sends, or nothing at its end. Raise socket.timeout after the deadline."""
         self._wait(deadline - time.monotonic())
+        self._take_turn()
         return self.connection.recv(RECEIVE_SIZE)
 
     def _send(self, message: bytes) -> None:
@@ -1689,6 +1693,7 @@ class RequestHandler(WSGIRequestHandler):
 
         The socket's own timeout would have to be set for each wait, which lets go of the GIL once more.
         """
+        self._leave_turn()
         seconds = max(0.0, seconds)
         if self.poll:
             self.poll.register(self.connection, select.POLLOUT if to_write else select.POLLIN)
@@ -1700,6 +1705,14 @@ class RequestHandler(WSGIRequestHandler):
         if not is_ready:
             raise socket.timeout("the deadline has passed")
 
+    def _take_turn(self) -> None:
+        self.has_turn = self.has_turn or self.server.turn.acquire(timeout=TURN_TIMEOUT)
+
+    def _leave_turn(self) -> None:
+        if self.has_turn:
+            self.has_turn = False
+            self.server.turn.release()
+
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
         """Take note of how the response begins (PEP 3333); it is sent with the first part of the body."""
         self.started = status, headers
@@ -1707,7 +1720,10 @@ class RequestHandler(WSGIRequestHandler):
 
     def _answer(self, environ: WSGIEnvironment) -> None:
         """Send what the application answers. If its body fails midway, the response has no proper end."""
-        has_turn = environ["REQUEST_METHOD"] in ("GET", "HEAD") and self.server.reading.acquire(timeout=TURN_TIMEOUT)
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            self._take_turn()
+        else:
+            self._leave_turn()
         try:
             parts = iter(self.server.application(environ, self._start_response))
             part = next(parts, b"")
@@ -1716,8 +1732,7 @@ class RequestHandler(WSGIRequestHandler):
             chunked = self._settle(code, headers, environ)
             rest = self._send_at_once(format_head(status, headers) + _format_part(part, chunked))
         finally:
-            if has_turn:
-                self.server.reading.release()
+            self._leave_turn()
         size = len(part)
         try:
             if rest:
