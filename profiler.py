@@ -232,7 +232,7 @@ class Database:
     def read(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
         """Return all rows of a SELECT. No lock and no snapshot outlives the call. Raise Busy, Unavailable."""
         seat = self._reader
-        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
+        if not seat.lock.acquire(True, BUSY_TIMEOUT):
             raise Busy("other threads are reading the database")
         try:
             if time.monotonic() - self._in_place_at > MOVED_INTERVAL:
@@ -1121,8 +1121,8 @@ def get_document(users: Users, environ: WSGIEnvironment) -> Response:
 
 
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
-    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
     (re.compile("/users/([0-9]{1,19})/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
+    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
     (re.compile("/users/([0-9]{1,19})/password/?"), {"PUT": change_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
     (re.compile("/health/?"), {"GET": get_health}),
@@ -1248,8 +1248,9 @@ class Application:
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
                 if handler := handlers.get("GET" if method == "HEAD" else method):
-                    ids = match.groups()
-                    return handler(self.users, environ, *map(_read_id, ids)) if ids else handler(self.users, environ)
+                    if pattern.groups:
+                        return handler(self.users, environ, _read_id(match[1]))
+                    return handler(self.users, environ)
                 allow = ("Allow", ", ".join(sorted([*handlers, "OPTIONS"] + ["HEAD"] * ("GET" in handlers))))
                 if method == "OPTIONS":
                     return NO_CONTENT, None, (allow,)
