@@ -97,9 +97,12 @@ def measure_http(urls, peer, quick):
     servers["Flask-SQLAlchemy, PostgreSQL, 2 processes"] = (gunicorn(2, "peer_flask_sqlalchemy:app"), peer)
     for workers in (1, 4):
         servers[f"profiler, PostgreSQL, {workers} processes"] = (gunicorn(workers, own), urls["PostgreSQL"])
-    for title, path, seconds in (("One user", "/users/4711/", 5), (f"{COUNT:,} users listed", "/users/", 10)):
+    for title, path, seconds, rounds in (
+        ("One user", "/users/4711/", 5, 3),
+        (f"{COUNT:,} users listed", "/users/", 10, 1),
+    ):
         rates = {who: [] for who in servers}
-        for _ in range(1 if quick else 3):
+        for _ in range(1 if quick else rounds):
             for who, (command, database) in servers.items():
                 say(f"wrk, {title}: {who}")
                 with serving(command, database) as (_, port):

@@ -83,7 +83,7 @@ def serving(command, database, path="/users/1/"):
         yield process, port
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)  # gunicorn lets the requests in flight finish
 
 
 def ask(port, method, path, fields=None):
