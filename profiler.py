@@ -488,7 +488,7 @@ class Users:
     get_password: Callable[[int], str]
     update: Callable[[int, str, str, str, Check | None], None]
     delete: Callable[[int, Check | None], None]
-    replace_password: Callable[[int, str, str], bool]
+    replace_password: Callable[[int, str | None, str], bool]
     count: Callable[[], int]
     check: Callable[[], None]
     initialise: Callable[[bool], None]
@@ -517,11 +517,11 @@ class Users:
 
     def list(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
         """Yield all users behind an id, as page returns them: batch by batch, each a read of its own."""
-        more = True
-        while more:
+        while True:
             users, after = self.page(BATCH, after, descending=descending)
-            more = after is not None
             yield users
+            if after is None:
+                return
 
     def verify(self, email: str, password: str) -> int:
         """Return the id of the user whose email and password these are. Raise WrongPassword, Busy.
@@ -534,7 +534,7 @@ class Users:
             right = verify_password(password_hash, password)
             if right and is_weak(password_hash, self._iterations):
                 new_hash = hash_password(password, self._iterations)
-        if not (right and user_id):
+        if not right or user_id < 1:
             raise WrongPassword
         if new_hash:
             with contextlib.suppress(Unavailable):  # then another time
@@ -553,11 +553,9 @@ class Users:
 
     def set_password(self, email: str, new_password: str) -> None:
         """Give the user who has this email another password, whatever the old one is. Raise NoSuchUser."""
-        new_hash = hash_password(new_password, self._iterations)
-        while user := self.find(email):
-            if self.replace_password(*user, new_hash):
-                return
-        raise NoSuchUser
+        user = self.find(email)
+        if not (user and self.replace_password(user[0], None, hash_password(new_password, self._iterations))):
+            raise NoSuchUser
 
     def renew(self) -> None:
         """Hold nothing in a forked child that the parent's other threads held: nobody would release it there."""
@@ -583,7 +581,6 @@ _USER = """json_object(
     'email', CAST(email AS TEXT),
     'created_on', CAST(created_on AS TEXT)
 )"""
-
 
 # A file that the tutorial's service made compares emails with case, unless it is told otherwise. It may hold two that
 # differ in case alone, whose users can still be updated; and another program may have given a user an id below 1, who
@@ -631,7 +628,8 @@ WHERE id = :id AND id > 0 AND (
 """
 _DELETE = """DELETE FROM "user" WHERE id = :id AND id > 0"""
 _REPLACE_PASSWORD = """
-UPDATE "user" SET password = :new_hash WHERE id = :id AND id > 0 AND CAST(password AS TEXT) = :old_hash
+UPDATE "user" SET password = :new_hash
+WHERE id = :id AND id > 0 AND (:old_hash IS NULL OR CAST(password AS TEXT) = :old_hash)
 """
 _COUNT = """SELECT count(*) FROM "user" WHERE id > 0"""
 _CHECK = """SELECT id, first_name, last_name, email, password, created_on FROM "user" LIMIT 1"""
@@ -709,8 +707,8 @@ class SQLiteUsers(Users):
                 check(_utf8(rows[0][0]) if rows else None)
             connection.execute(_DELETE, {"id": user_id})
 
-    def replace_password(self, user_id: int, old_hash: str, new_hash: str) -> bool:
-        """Store another hash in place of this one; tell whether it was there to be replaced."""
+    def replace_password(self, user_id: int, old_hash: str | None, new_hash: str) -> bool:
+        """Store another hash in place of this one, or of any; tell whether it was there to be replaced."""
         fields = {"id": user_id, "old_hash": old_hash, "new_hash": new_hash}
         with self._database.transaction() as connection:
             return connection.execute(_REPLACE_PASSWORD, fields).rowcount > 0
@@ -1129,9 +1127,7 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_page}),
     (re.compile("/openapi[.]json"), {"GET": get_document}),
 )
-TOKENLESS = re.compile(
-    "/health/?|/?|/openapi[.]json"
-)  # the paths that ask for no token: there is nothing secret in them
+TOKENLESS = re.compile("/health/?|/?|/openapi[.]json")  # paths that ask for no token: nothing there is secret
 
 
 def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
@@ -1143,13 +1139,9 @@ def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
     yield b"]\n"
 
 
-def _has_preconditions(environ: WSGIEnvironment) -> bool:
-    return "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ
-
-
 def _precondition(environ: WSGIEnvironment) -> Check | None:
     """Return what judges the request's preconditions by the user as it is when it is written."""
-    if not _has_preconditions(environ):
+    if "HTTP_IF_MATCH" not in environ and "HTTP_IF_NONE_MATCH" not in environ:
         return None
     return lambda user: check_preconditions(environ, None if user is None else user + b"\n")
 
@@ -1464,7 +1456,6 @@ def _http_date(second: int) -> str:
 # wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
 # wait. Two things are replaced: http.server's reading of requests, by the parser above, and wsgiref's writing of
 # responses, which knows HTTP/1.0 alone. It serves the Application, which takes no body past MAX_BODY.
-
 
 _BODILESS = (204, 304)  # RFC 9110 6.4.1
 

@@ -305,9 +305,11 @@ class SQLAlchemyUsers(profiler.Users):
         """Delete a user, if there is one with this id, which is never used again. Raise what `check` raises."""
         self._write(_USERS.delete().where(_user.id == user_id), user_id, check)
 
-    def replace_password(self, user_id: int, old_hash: str, new_hash: str) -> bool:
-        """Store another password hash, if the one that is stored is still the old one; tell whether it was."""
-        statement = _USERS.update().where(_user.id == user_id, _user.password == old_hash).values(password=new_hash)
+    def replace_password(self, user_id: int, old_hash: str | None, new_hash: str) -> bool:
+        """Store another password hash, if the one that is stored is still the old one, or any; tell whether it was."""
+        statement = _USERS.update().where(_user.id == user_id).values(password=new_hash)
+        if old_hash is not None:
+            statement = statement.where(_user.password == old_hash)
         return bool(self._write(statement, user_id))
 
     def count(self) -> int:

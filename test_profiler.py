@@ -982,11 +982,13 @@ def test_a_hash_of_scrypt_stays(client, users):
 
 
 @pytest.mark.parametrize("stored", ["NULL", "x'ff'", "''", "17"])
-def test_what_another_program_stored_as_a_password_is_nobodys(client, path, stored):
+def test_what_another_program_stored_as_a_password_is_nobodys_until_an_operator_sets_one(client, users, path, stored):
     execute(path, 'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)')
     execute(path, f"INSERT INTO \"user\" VALUES (1, 'H', 'P', 'harry@example.com', {stored}, '')")
     client.post_json("/users/verify/", HARRY, status=403)
     client.put_json("/users/1/password/", {"old_password": "1234", "new_password": "5678"}, status=403)
+    users.set_password("harry@example.com", "5678")
+    client.post_json("/users/verify/", {**HARRY, "password": "5678"}, status=200)
 
 
 def test_a_hash_that_somebody_changes_meanwhile_is_not_made_anew(application, users, monkeypatch):
@@ -1142,7 +1144,10 @@ def test_an_id_below_1_is_nobodys_everywhere(application, client, path):
     client.get("/users/0/", status=404)
     client.put_json("/users/0/", HARRY, status=404)
     client.delete("/users/0/", status=204)
-    client.post_json("/users/verify/", {"email": "user2@example.com", "password": "1234"}, status=403)
+    for nobody in ("user1@example.com", "user2@example.com"):
+        client.post_json("/users/verify/", {"email": nobody, "password": "1234"}, status=403)
+        with pytest.raises(profiler.NoSuchUser):
+            application.users.set_password(nobody, "5678")
     client.post_json("/users/", {**HARRY, "email": "user2@example.com"}, status=400)
     assert execute(path, 'SELECT id FROM "user"') == [(-1,), (0,), (1,)]
 
