@@ -179,6 +179,8 @@ _CODES = {  # for Python 3.9 and 3.10, which tell no code, but SQLite's fixed wo
     "locking protocol": _PROTOCOL,
 }
 
+_HAS_TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE"
+
 # To close a descriptor of a file drops this process's POSIX locks on it (sqlite.org/howtocorrupt.html). So a new file
 # is made and closed under this lock, and nobody connects before that is over. A fork waits, so that no child finds it
 # held.
@@ -325,7 +327,8 @@ class Database:
 
     def _connect(self, to_write: bool = False) -> sqlite3.Connection:
         """Return a new connection to the file, which is made if need be: private to its owner, with the table in it."""
-        schema = read_file("schema.sql").decode()
+        if self._identify() is None:
+            read_file("schema.sql")  # without it, leave no empty file
         if self._file is None:
             with _creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -339,7 +342,8 @@ class Database:
                 connection.execute("PRAGMA journal_mode = WAL").fetchall()
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
             connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
-            connection.executescript(schema)
+            if not connection.execute(_HAS_TABLE).fetchall():
+                connection.executescript(read_file("schema.sql").decode())
             if to_write:
                 self._before_writing(connection)
                 connection.execute("PRAGMA busy_timeout = 0")  # transaction asks again by itself, and more often
@@ -1270,9 +1274,12 @@ def create_app(
     return Application(open_users(os.fspath(database), iterations), token)
 
 
-@functools.cache
+_default: dict[str, Application] = {}
+
+
 def _default_app() -> Application:
-    return create_app()
+    """Return the one default application of this process. setdefault is atomic: concurrent callers get the same one."""
+    return _default.get("app") or _default.setdefault("app", create_app())
 
 
 def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
