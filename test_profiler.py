@@ -693,6 +693,29 @@ def test_the_schema_is_the_tutorials_table_column_for_column(path):
     assert execute(path, 'PRAGMA table_info("user")') == columns
 
 
+def test_existing_table_is_used_without_reading_schema_sql(client, path, monkeypatch):
+    client.post_json("/users/", HARRY)
+    monkeypatch.setattr(profiler, "read_file", lambda name: b'DROP TABLE IF EXISTS "user"; CREATE TABLE "user" (id)')
+    with contextlib.closing(profiler.create_app(path, iterations=1)) as application:
+        assert json.loads(call(application).body)[0]["email"] == HARRY["email"]
+
+
+def test_concurrent_first_requests_use_one_application(monkeypatch, path):
+    made, together = [], threading.Barrier(8)
+
+    def create():
+        together.wait(10)
+        made.append(profiler.Application(profiler.SQLiteUsers(path, 1, 1), None))
+        return made[-1]
+
+    monkeypatch.setattr(profiler, "_default", {})
+    monkeypatch.setattr(profiler, "create_app", create)
+    with ThreadPoolExecutor(8) as pool:
+        used = list(pool.map(lambda _: profiler._default_app(), range(8)))
+    assert len(made) == 8
+    assert len(set(map(id, used))) == 1
+
+
 def test_the_schema_is_found_in_a_zip_archive(tmp_path):
     import zipfile
 
