@@ -1,464 +1,498 @@
 #!/usr/bin/env python3
-"""User accounts over HTTP: a WSGI service on one SQLite file, with nothing but the standard library.
+"""User accounts over HTTP: a WSGI service on one SQLite file, in one module without dependencies.
 
-    POST    /users/               create a user                     201 {"id":1}
-    GET     /users/               list every user                   200 [{...},...]
-    GET     /users/ID/            get one user                      200 {...}
-    PUT     /users/ID/            update a user's names and email   200 {"id":1}
-    DELETE  /users/ID/            delete a user                     204
-    PUT     /users/ID/password/   change a user's password          204
-    POST    /users/verify/        check an email and a password     200 {"id":1}
-    GET     /health/              tell whether users can be read    200 {"status":"ok"}
+    POST    /users/                     create a user                      201 {"id":1}
+    GET     /users/                     list, page, filter                 200 [{...},...]
+    GET     /users/ID/                  get one user                       200 {...}
+    PUT     /users/ID/                  update a user's names and email    200 {"id":1}
+    PATCH   /users/ID/                  update some of these fields        200 {"id":1}
+    DELETE  /users/ID/                  delete a user                      204
+    PUT     /users/ID/password/         change a password                  204
+    PUT     /users/ID/password/reset/   replace a forgotten password       204
+    POST    /users/verify/              verify an email and a password     200 {"id":1}
+    GET     /health/                    check that users can be read       200 {"status":"ok"}
 
-Run it: `python profiler.py` serves http://127.0.0.1:5000/users/ on ./db.sqlite3; `--help` tells the rest.
-Embed it: `profiler:application` is the WSGI callable; `create_app()` makes one on another database.
-Copy it: this file and schema.sql, side by side, are all of it. Python 3.9 or later.
+Run:    `python profiler.py` serves http://127.0.0.1:5000/ on ./db.sqlite3. See `--help` for all options.
+Embed:  `profiler:application` is a WSGI callable; `create_app()` returns one for another database.
+Copy:   you only need this file and schema.sql, side by side, and Python 3.9 or later with SQLite 3.27 or later.
 
-It keeps accounts and checks passwords. It knows no sessions, no roles and no mail.
+It keeps accounts and checks passwords. It has no sessions, no roles and sends no email.
+
+It reimplements the service of "Building REST APIs with Python and Flask", part 2, by Tony J
+(tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2), and keeps its paths, fields, messages, table and file.
 """
 
 from __future__ import annotations
 
-import argparse
-import base64
-import contextlib
-import functools
-import hashlib
-import hmac
-import io
-import json
-import os
-import re
-import secrets
-import select
-import signal
-import socket
-import socketserver
-import sqlite3
 import sys
-import threading
-import time
-import traceback
-import weakref
-from http import HTTPStatus
-from urllib.parse import parse_qsl, quote, unquote, urlencode
-from wsgiref.handlers import CGIHandler, format_date_time
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-TYPE_CHECKING = False  # typing's own, without importing typing at every start
+if __name__ == "__main__":
+    # http.server would load ssl, which takes 1.3 MB and is not used.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+try:
+    import argparse
+    import contextlib
+    import functools
+    import hashlib
+    import hmac
+    import io
+    import json
+    import os
+    import queue
+    import re
+    import selectors
+    import signal
+    import socket
+    import socketserver
+    import sqlite3
+    import threading
+    import time
+    from binascii import a2b_base64
+    from hashlib import pbkdf2_hmac
+    from http import HTTPStatus
+    from urllib.parse import parse_qsl, quote, unquote, urlencode
+    from weakref import WeakSet
+    from wsgiref.handlers import CGIHandler, format_date_time
+    from wsgiref.simple_server import WSGIServer
+except ImportError as error:
+    message = f"profiler: {error}. Install the complete Python (python3, not python3-minimal), with SQLite and OpenSSL"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(message) from None
+
+TYPE_CHECKING = False  # like typing.TYPE_CHECKING, but without importing typing at run time
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, Union
-    from wsgiref.types import InputStream, StartResponse, WSGIEnvironment
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from typing import Any, Callable, TypeVar, Union
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     Headers = tuple[tuple[str, str], ...]
-    # A status line, a body (None: there is none; an iterator: its length is not known), headers beyond the usual ones.
+    # Status line, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
     Response = tuple[str, Union[bytes, Iterator[bytes], None], Headers]
-    # Is called with a user's JSON as it is now, or None for nobody, and raises if the user must not be changed.
-    Check = Callable[[Union[bytes, None]], object]
+    # Called inside the transaction with the stored user as JSON, or None; raises to abort the write.
+    Guard = Callable[[Union[bytes, None]], object]
+    Result = TypeVar("Result")
+    Steps = Generator[Any, Any, Result]
 
 __all__ = ["app", "application", "create_app", "hash_password", "verify_password"]
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 # -- configuration -----------------------------------------------------------------------------------------------------
-# Every limit of the service, its unit, and where the number comes from. Without a source, it was chosen here.
+# Defaults, and limits that clients and operators meet. Other limits are at the head of the section that uses them.
+# Numbers without a source are our own choice.
 
-HOST, PORT = "127.0.0.1", "5000"  # the tutorial's, which are Flask's; as text, as a flag would give them
+HOST, PORT = "127.0.0.1", 5000  # Flask's defaults, as in the tutorial
 DATABASE = "db.sqlite3"  # the tutorial's file
-
 ITERATIONS = 600_000  # of PBKDF2-HMAC-SHA256: OWASP Password Storage Cheat Sheet
-MAX_ITERATIONS = 10_000_000  # a hash stored with more is refused: this many take a core two to three seconds
-MAX_SCRYPT_COST = 2**20  # n * r * p, hence 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
-SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
-
-MAX_BODY = 64 * 1024  # bytes
-MAX_BRACKETS = 500  # objects and arrays in a body: CPython's parser recurses, and so many fit into STACK_SIZE
-MAX_NAME = 255  # characters of a first or last name
-MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, less the angle brackets
-MAX_ID = 2**63 - 1  # SQLite's largest integer
-
-MIN_DATABASE = 512  # bytes: SQLite's smallest page
-BUSY_TIMEOUT = 5.0  # seconds that a request waits for its turn at the database: the default of sqlite3.connect
-RETRY_INTERVAL = 0.001  # seconds after which a writer asks again for a lock that another process holds
-MOVED_INTERVAL = 0.1  # seconds for which a reader takes it for granted that the file is in its place
-HASH_TIMEOUT = 10.0  # seconds that a request waits for a core to hash on
-RETRY_AFTER = 1  # seconds that a client is told to wait before it asks again
-BATCH = 500  # users that the list reads at once
-MAX_LIMIT = 1000  # users on a page
-BACKUP_PAGES = 2048  # of the database, copied at once: some 8 MiB
-
 MIN_TOKEN = 16  # characters
 
-# The built-in server's; seconds unless it says otherwise.
-MAX_CONNECTIONS = 1000  # each has a thread
-MAX_REFUSALS = 50  # connections beyond that number, which are told 503
-RESERVED_FILES = 32  # open files that are kept for the database, the log and the like
-STACK_SIZE = 512 * 1024  # bytes of a thread: 100 of them fit into 200 MB of address space
-MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
-MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
-MAX_FIELDS = 100  # headers of a request: Apache's, and http.client's
-MAX_LOGGED = 512  # bytes of a request line: a pipe that takes anything takes a line of that much (PIPE_BUF)
-RECEIVE_SIZE = 64 * 1024  # bytes asked of a socket at once
-MAX_LINGER = 16 * 1024 * 1024  # bytes of a refused request that are read after the answer
-IDLE_TIMEOUT = 15.0  # between requests
-HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
-BODY_TIMEOUT = 30.0  # from the end of the head to that of the body
-SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
-LINGER_TIMEOUT = 2.0  # without the client sending anything, after the answer
-DRAIN_TIMEOUT = 10.0  # for what is in flight when the server is told to stop: what docker stop allows
-TURN_TIMEOUT = 0.1  # for a thread's turn; then it goes on without
-POLL_INTERVAL = 0.1  # until the server notices that it is told to stop
-MAX_PORT = 2**16 - 1
+MAX_BODY = 64 * 1024  # bytes
+MAX_NAME = 255  # characters of a first or last name
+MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
+MAX_ID = 2**63 - 1  # SQLite's largest integer
+MAX_LIMIT = 1000  # users on a page
+BATCH = 500  # users read at once for the list, or on a page without a limit
 
 
 # -- passwords ---------------------------------------------------------------------------------------------------------
-# A stored hash tells how it was made: METHOD$SALT$DIGEST, as Werkzeug writes it. The salt's own text is the salt.
+# Hashes describe themselves. New ones have Werkzeug's PBKDF2 format; others can be verified, too.
 
-_PBKDF2 = re.compile("pbkdf2:sha256:([1-9][0-9]{0,9})")
-_SCRYPT = re.compile("scrypt:([1-9][0-9]{0,9}):([1-9][0-9]{0,9}):([1-9][0-9]{0,9})")
+MAX_ITERATIONS = 10_000_000  # about 2-3 s on one core
+MAX_SCRYPT_COST = 2**20  # n * r * p, 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
+SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
+
+
+_ITERATIONS = "(?P<iterations>[1-9][0-9]{0,7})"
+_N, _R, _P = "(?P<n>[1-9][0-9]{0,7})", "(?P<r>[1-9][0-9]?)", "(?P<p>[1-9][0-9]?)"
+_SALT = "(?P<salt>[^$]*)"
+
+
+def _decode(text: str) -> bytes:
+    """Decode base64. passlib writes "." for "+" and omits the padding. Raise ValueError."""
+    return a2b_base64(text.replace(".", "+") + "=" * (-len(text) % 4))
+
+
+# Each format: a pattern for the whole hash, and how its salt and its digest are decoded.
+_HASH_FORMATS = tuple(
+    (re.compile(pattern), decode_salt, decode_digest)
+    for pattern, decode_salt, decode_digest in (
+        # This service and Werkzeug; then Werkzeug, Django, Django, passlib.
+        (rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})", str.encode, bytes.fromhex),
+        (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
+        (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
+        (rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)", str.encode, a2b_base64),
+        (rf"\$pbkdf2-sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z./]{{43}})", _decode, _decode),
+    )
+)
 
 
 def hash_password(password: str, iterations: int = ITERATIONS) -> str:
-    """Return what to store for a password: `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`, with a new salt.
+    """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST` for a password, with a new salt.
 
-    Raise ValueError for a password that holds NUL, and for iterations outside 1..MAX_ITERATIONS.
+    Raise ValueError if the password contains NUL or a lone surrogate, or iterations are not 1 to MAX_ITERATIONS.
     """
-    method, salt = f"pbkdf2:sha256:{iterations}", secrets.token_hex(SALT_BYTES)
-    return f"{method}${salt}${_digest(method, salt, password)}"
+    check_iterations(iterations)
+    salt = os.urandom(SALT_BYTES).hex()
+    digest = pbkdf2_hmac("sha256", _encode(password), salt.encode(), iterations)
+    return f"pbkdf2:sha256:{iterations}${salt}${digest.hex()}"
 
 
 def verify_password(password_hash: str, password: str) -> bool:
-    """Tell whether a stored hash, Werkzeug's `pbkdf2:sha256` or `scrypt`, is this password's.
+    """Return True if the password matches the stored hash: PBKDF2-SHA256 or scrypt of Werkzeug, Django or passlib.
 
-    A hash that is malformed, or would cost more than the limits above, matches no password: False, without hashing.
+    A hash that is malformed, unsupported or exceeds the limits above matches no password.
     """
+    parsed = _parse_hash(str(password_hash))
+    if parsed is None:
+        return False
+    derive, digest = parsed
     try:
-        method, salt, digest = str(password_hash).split("$")  # None is nobody's, too
-        # As bytes: compare_digest refuses a str that is not ASCII.
-        return hmac.compare_digest(_digest(method, salt, password).encode(), digest.encode())
+        # Other programs may have hashed the password without normalising it.
+        candidates = {_encode(password), password.encode()}
     except ValueError:
         return False
+    return any(hmac.compare_digest(derive(candidate), digest) for candidate in candidates)
 
 
-def is_weak(password_hash: str, iterations: int) -> bool:
-    """Tell whether a stored hash is PBKDF2's with fewer iterations than these. One of scrypt's never is."""
-    match = _PBKDF2.match(password_hash)
-    return match is not None and int(match[1]) < iterations
+def can_verify(password_hash: str) -> bool:
+    """Return True if verify_password supports this hash."""
+    return _parse_hash(password_hash) is not None
 
 
-def _digest(method: str, salt: str, password: str) -> str:
-    """Return the digest in hexadecimal. Raise ValueError for a method or a cost that is not to be computed."""
-    if "\0" in password:  # HMAC pads its key with NUL: "a" and "a\0" would be one password
-        raise ValueError("a password cannot hold the NUL character")
-    if match := _PBKDF2.fullmatch(method):
-        iterations = int(match[1])
-        if iterations <= MAX_ITERATIONS:
-            return hashlib.pbkdf2_hmac("sha256", password.encode(), salt.encode(), iterations).hex()
-    elif match := _SCRYPT.fullmatch(method):
-        n, r, p = map(int, match.groups())
-        if n * r * p <= MAX_SCRYPT_COST:
-            memory = 132 * n * r * p  # bytes: what scrypt needs, with a little to spare, as Werkzeug grants it
-            return hashlib.scrypt(password.encode(), salt=salt.encode(), n=n, r=r, p=p, maxmem=memory).hex()
-    raise ValueError(f"cannot hash by {method}: pbkdf2:sha256 takes 1 to {MAX_ITERATIONS} iterations")
+def needs_rehash(password_hash: str, iterations: int) -> bool:
+    """Return True unless a hash has this service's own format with at least this many iterations."""
+    match = _HASH_FORMATS[0][0].fullmatch(password_hash)
+    return match is None or int(match["iterations"]) < iterations
+
+
+def check_iterations(iterations: int) -> None:
+    """Raise ValueError unless this is a valid number of PBKDF2 iterations."""
+    if type(iterations) is not int or not 1 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
+
+
+def _parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes] | None:
+    """Return the key derivation function and the digest of a stored hash, or None if it cannot be verified here."""
+    for pattern, decode_salt, decode_digest in _HASH_FORMATS:
+        if match := pattern.fullmatch(password_hash):
+            try:
+                return _derivation(match, decode_salt(match["salt"])), decode_digest(match["digest"])
+            except ValueError:
+                return None
+    return None
+
+
+def _derivation(match: re.Match[str], salt: bytes) -> Callable[[bytes], bytes]:
+    """Return the key derivation function for the costs in a hash. Raise ValueError if they are excessive."""
+    if "iterations" in match.re.groupindex:
+        iterations = int(match["iterations"])
+        check_iterations(iterations)
+        return lambda password: pbkdf2_hmac("sha256", password, salt, iterations)
+    n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
+    # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of Python have no scrypt.
+    is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
+    if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
+        raise ValueError("unsupported cost of scrypt")
+    memory = 128 * r * (n + p + 3)  # bytes: what OpenSSL needs
+    return lambda password: hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=memory)
+
+
+def _encode(password: str) -> bytes:
+    """Return the bytes to hash: UTF-8, normalised to NFC (NIST SP 800-63B 5.1.1.2, RFC 8265 4.2). Raise ValueError."""
+    if "\0" in password:
+        raise ValueError("a password must not contain NUL: HMAC pads its key with it, so that it would not count")
+    if not password.isascii():
+        from unicodedata import normalize
+
+        password = normalize("NFC", password)
+    return password.encode()
 
 
 # -- database ----------------------------------------------------------------------------------------------------------
-# One SQLite file. One connection reads and one writes, and the threads of a process take turns at each. That is faster
-# than a connection for every thread: SQLite's calls let go of the GIL, and threads that fight to get it back do little
-# else. Text comes as the bytes that are stored, for it is on its way into a response.
+# One SQLite file. Theory of operation: the threads of a process share one connection for reads, one for searches and
+# one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention.
+# Reads hold nothing between calls. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE). A
+# thread that must not wait, the server's I/O thread, gets WouldBlock instead. After a fork, the child neither uses nor
+# closes the connections of its parent, but opens its own. Text is returned as bytes, because it goes straight into
+# responses.
 
-# Result codes (sqlite.org/rescode.html), which Python names from 3.11 on.
-_BUSY, _LOCKED, _READONLY, _IOERR, _FULL, _CANTOPEN, _PROTOCOL = 5, 6, 8, 10, 13, 14, 15
-_CODES = {  # for Python 3.9 and 3.10, which tell no code, but SQLite's fixed words for one (sqlite3_errstr)
-    "database is locked": _BUSY,
-    "database table is locked": _LOCKED,
-    "attempt to write a readonly database": _READONLY,
-    "disk I/O error": _IOERR,
-    "database or disk is full": _FULL,
-    "unable to open database file": _CANTOPEN,
-    "locking protocol": _PROTOCOL,
-}
-
-_HAS_TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE"
-
-# To close a descriptor of a file drops this process's POSIX locks on it (sqlite.org/howtocorrupt.html). So a new file
-# is made and closed under this lock, and nobody connects before that is over. A fork waits, so that no child finds it
-# held.
-_creating = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_creating.acquire, after_in_parent=_creating.release, after_in_child=_creating.release)
+BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
+RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock that another process holds
+WAL_TIMEOUT = 1.0  # seconds to try to switch a file to WAL mode
+CLOSE_TIMEOUT = 1.0  # seconds to wait for a running statement when closing
+RETRY_AFTER = 1  # seconds, for the header Retry-After
+MIN_DATABASE = 512  # bytes: SQLite's smallest page
 
 
 class Unavailable(Exception):
-    """The database cannot be used as things are: it is away, its disk is full, read-only or failing."""
+    """The database is unavailable: missing, read-only, full or failing."""
+
+    retry_after = RETRY_AFTER
 
 
 class Busy(Unavailable):
-    """The service is at its limit for now: the same request may well succeed in a moment."""
+    """The service is busy. The same request may succeed in a moment."""
 
 
-class _Seat:
-    """A connection, made when it is first needed, and the lock of the thread that uses it."""
+class WouldBlock(BaseException):
+    """The call has to wait, in a thread that must not. Not an Exception, so that nothing but the server catches it."""
+
+
+class _ThisThread(threading.local):
+    """What the code below needs to know about the thread that runs it. The server sets both."""
+
+    may_wait = True
+    is_abandoned: Callable[[], bool] = staticmethod(lambda: False)  # whether the client has disconnected
+
+
+this_thread = _ThisThread()
+
+
+class _Slot:
+    """A connection, opened when it is needed, and the lock of the thread that uses it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.connection: sqlite3.Connection | None = None
 
+    def wait(self) -> None:
+        """Wait for the lock. Raise Busy, WouldBlock."""
+        if not this_thread.may_wait:
+            raise WouldBlock
+        if not self.lock.acquire(timeout=BUSY_TIMEOUT):
+            raise Busy("other threads are using the database")
+
     def close(self) -> None:
-        """Close the connection; whoever comes next makes another."""
+        """Close the connection; it is reopened on next use."""
         if self.connection:
             self.connection.close()
             self.connection = None
 
 
 class Database:
-    """One SQLite file, made at the first use. Threads and, after a fork, processes may share the object."""
+    """One SQLite file, created on first use. Threads and, after a fork, processes may share the object."""
 
-    def __init__(self, path: str, before_writing: Callable[[sqlite3.Connection], None]) -> None:
-        """Take the path of the file, and what to do with a new connection before it writes.
-
-        Raise ValueError for a database in memory, Unavailable if the path is relative to a folder that is gone.
-        """
+    def open(self, path: str) -> None:
+        """Store the absolute path; open nothing yet. Raise ValueError for what is not a file; Unavailable."""
         if not path or path == ":memory:":
-            raise ValueError("the database must be a file: one in memory would end with its connection")
+            raise ValueError("the database must be a file, because a database in memory is lost with its connection")
+        if "://" in path:
+            raise ValueError(
+                "for a database URL run `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application"
+            )
         try:
-            self.path = os.path.realpath(path)  # SQLite puts its log beside the file, not beside a link to it
+            # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
+            self.location = os.path.realpath(path)
         except FileNotFoundError:
-            raise Unavailable(f"the current folder is gone, where {path} would be") from None
-        self._before_writing = before_writing
-        self._file: tuple[int, int] | None = None  # the file that this process has had, which it never makes anew
-        self._in_place_at = 0.0  # when it was last seen there, by time.monotonic
-        self._inherited: list[_Seat] = []  # kept, because to collect them would close them
-        self._reader, self._writer = _Seat(), _Seat()
+            raise Unavailable(f"the current folder was deleted, so {path} cannot be found") from None
+        self.created_table = False
+        self._file: tuple[int, int] | None = None  # the identity of the file once it was opened
+        self._wal: tuple[int, int] | None = None  # of the -wal file that the connections use
+        self._inherited: list[_Slot] = []  # of the parent process: referenced, because garbage collection closes them
+        self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
-    def read(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
-        """Return all rows of a SELECT. No lock and no snapshot outlives the call. Raise Busy, Unavailable."""
-        seat = self._reader
-        if not seat.lock.acquire(True, BUSY_TIMEOUT):
-            raise Busy("other threads are reading the database")
+    def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
+        """Return all rows of a SELECT. A slow one does not hold up others. Raise Busy, Unavailable, WouldBlock."""
+        slot = self._searcher if slow else self._reader
+        if slow or not slot.lock.acquire(False):
+            slot.wait()
         try:
-            if time.monotonic() - self._in_place_at > MOVED_INTERVAL:
-                self._check_place()
-            if seat.connection is None:
-                try:
-                    seat.connection = self._connect()
-                except sqlite3.OperationalError as error:
-                    return self._read_alone(statement, parameters, error)
-            return seat.connection.execute(statement, parameters).fetchall()
-        except sqlite3.OperationalError as error:
+            return _execute(slot.connection or self._connect(slot), statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            slot.close()
             raise self._translate(error) from None
         finally:
-            seat.lock.release()
+            slot.lock.release()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the database's write lock; commit at the end of the block, roll back if it raises.
-
-        Raise Busy if other threads or other processes hold it past BUSY_TIMEOUT, Unavailable.
-        """
+        """Hold the write lock; commit at the end of the block, roll back if it raises. Raise Busy, Unavailable."""
         deadline = time.monotonic() + BUSY_TIMEOUT
-        seat = self._writer
-        if not seat.lock.acquire(timeout=BUSY_TIMEOUT):
-            raise Busy("other threads are writing to the database")
+        slot = self._writer
+        slot.wait()
         try:
-            self._check_place()
-            if seat.connection is None:
-                seat.connection = self._connect(to_write=True)
-            _insist(seat.connection, "BEGIN IMMEDIATE", deadline)  # a reader that turns writer could not wait
-            try:
-                yield seat.connection
-                _insist(seat.connection, "COMMIT", deadline)
-            except BaseException:
+            self.check_files()
+            connection = slot.connection or self._connect(slot)
+            # Immediate, because a read transaction that begins to write does not wait for the lock.
+            _execute(connection, "BEGIN IMMEDIATE", deadline=deadline)
+            yield connection
+            _execute(connection, "COMMIT", deadline=deadline)
+        except sqlite3.Error as error:
+            raise self._translate(error) from None
+        finally:
+            if slot.connection and slot.connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
-                    seat.connection.execute("ROLLBACK")
-                raise
-        except sqlite3.OperationalError as error:
-            raise self._translate(error) from None
-        finally:
-            if seat.connection and seat.connection.in_transaction:  # it could neither commit nor roll back
-                seat.close()
-            seat.lock.release()
+                    slot.connection.rollback()
+                if slot.connection.in_transaction:
+                    slot.close()
+            slot.lock.release()
 
-    def copy(self, path: str, progress: Callable[[int, int], object]) -> None:
-        """Write a copy as of now to a new file, its owner's alone, while others read and write.
+    def check_files(self) -> None:
+        """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted.
 
-        The file gets its name when it is whole and on disk. After some pages `progress` is told how many are left, and
-        of how many. Raise FileExistsError, another OSError, Busy, Unavailable.
+        A new file would be empty, and what is written to a file without a name is lost.
         """
-        import tempfile  # takes its time, and is needed here alone
+        wal = self._wal if any(slot.connection for slot in self._slots) else None
+        if (self._file and self._file != _identify(self.location)) or (
+            wal and wal != _identify(self.location + "-wal")
+        ):
+            raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
 
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} is there already: a backup goes to a new file")
-        if os.path.realpath(path).startswith(f"{self.path}-"):
-            raise OSError(f"{path} is a name that SQLite may use beside the database: choose another")
-        folder, name = os.path.split(os.path.abspath(path))
-        if not os.path.isdir(folder):
-            raise OSError(f"{path} cannot be made: make the folder {folder}")
-        descriptor, part = tempfile.mkstemp(".part", f"{name}.", folder)
-        os.close(descriptor)
-        try:
-            with contextlib.closing(self._connect()) as source, contextlib.closing(sqlite3.connect(part)) as target:
-                source.execute("BEGIN")
-                source.execute("SELECT 1 FROM sqlite_master").fetchall()  # from here on it sees no newer state
-                source.backup(target, pages=BACKUP_PAGES, progress=lambda _, left, total: progress(left, total))
-            _rename(part, path)
-        except sqlite3.OperationalError as error:
-            raise self._translate(error) from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-
-    def expect(self) -> None:
-        """Never make the file, from now on. Raise Unavailable if it is not there."""
-        self._file = self._identify()
+    def must_exist(self) -> None:
+        """Do not create the file from now on. Raise Unavailable if it does not exist."""
+        self._file = _identify(self.location)
         if self._file is None:
             raise Unavailable("there is no such file")
 
-    def close(self) -> None:
-        """Close this process's connections; the last of all merges the write-ahead log into the file."""
-        for seat in (self._reader, self._writer):
-            with seat.lock:
-                seat.close()
+    def backup(self, path: str) -> None:
+        """Write a copy of the database to a new file, readable by its owner only, while others read and write.
 
-    def renew(self) -> None:
-        """Begin without connections in a forked child, which may neither use nor close its parent's."""
-        self._inherited += [self._reader, self._writer]
-        self._reader, self._writer = _Seat(), _Seat()
-
-    def _connect(self, to_write: bool = False) -> sqlite3.Connection:
-        """Return a new connection to the file, which is made if need be: private to its owner, with the table in it."""
-        if self._identify() is None:
-            read_file("schema.sql")  # without it, leave no empty file
-        if self._file is None:
-            with _creating, contextlib.suppress(OSError):  # SQLite will tell better what is wrong with the place
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with _creating, contextlib.suppress(OSError):  # and wait for whoever makes it
-            if 0 < os.path.getsize(self.path) < MIN_DATABASE:  # SQLite would take it for an empty one and overwrite it
-                raise sqlite3.DatabaseError("file is not a database")
-        connection = self._open("mode=rw")  # which makes no file
+        The copy is complete and on disk before it gets its name. Raise OSError, Unavailable.
+        """
+        path = os.path.abspath(path)
+        if os.path.realpath(path) in [self.location + suffix for suffix in ("-wal", "-shm", "-journal")]:
+            raise OSError(f"{path} is a name that SQLite uses next to the database: choose another")
+        if os.path.lexists(path):
+            raise OSError(f"{path} exists: choose a new file")
+        self.check_files()
+        part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
-            # On a read-only place, or while others are at work, the file stays in the mode it has.
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            _execute(self._connect(slot), "VACUUM INTO ?", (part,))
+            _sync(part)
+            try:
+                os.link(part, path)  # unlike rename, it never replaces a file
+            except PermissionError:  # the file system has no hard links
+                os.rename(part, path)
+            _sync(os.path.dirname(path))
+        except (OSError, sqlite3.Error) as error:
+            raise OSError(f"cannot copy {self.location} to {path}: {error}") from None
+        finally:
+            slot.close()
+            for leftover in (part, part + "-journal"):
+                with contextlib.suppress(OSError):
+                    os.unlink(leftover)
+
+    def close(self) -> None:
+        """Close this process's connections, except one that is still busy after CLOSE_TIMEOUT."""
+        for slot in self._slots:
+            if slot.lock.acquire(timeout=CLOSE_TIMEOUT):
+                slot.close()
+                slot.lock.release()
+
+    def after_fork(self) -> None:
+        """Drop, but do not close, the connections inherited from the parent process."""
+        self._inherited += self._slots
+        self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
+
+    def _connect(self, slot: _Slot) -> sqlite3.Connection:
+        """Open the file, and create the file and the table if there are none. Raise sqlite3.Error, Unavailable."""
+        self.check_files()
+        if self._file is None:
+            self._create_file()
+        uri = f"file:{quote(os.fsencode(self.location))}?mode=rw"
+        connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
+        connection.text_factory = bytes
+        try:
+            # This fails while another process uses the file in another mode; then the mode stays as it is.
             with contextlib.suppress(sqlite3.OperationalError):
-                connection.execute("PRAGMA journal_mode = WAL").fetchall()
-            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
-            connection.execute("PRAGMA synchronous = FULL")  # in WAL mode: a commit is on disk before it is answered
-            if not connection.execute(_HAS_TABLE).fetchall():
-                connection.executescript(read_file("schema.sql").decode())
-            if to_write:
-                self._before_writing(connection)
-                connection.execute("PRAGMA busy_timeout = 0")  # transaction asks again by itself, and more often
+                _execute(connection, "PRAGMA journal_mode = WAL", deadline=time.monotonic() + WAL_TIMEOUT).fetchall()
+            _execute(connection, "PRAGMA synchronous = FULL")  # in WAL mode, sync every commit
+            if not _execute(connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE").fetchall():
+                _execute(connection, read_schema())
+                self.created_table = True
         except BaseException:
             connection.close()
             raise
-        self._file = self._file or self._identify()
+        self._file, self._wal = self._file or _identify(self.location), _identify(self.location + "-wal")
+        slot.connection = connection
         return connection
 
-    def _read_alone(self, statement: str, parameters: Mapping[str, Any], error: sqlite3.OperationalError) -> list[Any]:
-        """Read where WAL mode's shared memory cannot be made: on a read-only place, a full disk. Else raise the error.
-
-        The file alone must hold all that was committed: a log or a journal beside it would have more.
-        """
-        beside = (self.path + "-wal", self.path + "-journal")
-        if _code(error) not in (_READONLY, _IOERR, _CANTOPEN) or any(map(_is_filled, beside)):
-            raise error
-        try:
-            with contextlib.closing(self._open("mode=ro&immutable=1")) as connection:
-                return connection.execute(statement, parameters).fetchall()
-        except sqlite3.Error:
-            raise error from None
-
-    def _open(self, query: str) -> sqlite3.Connection:
-        """Return a connection that waits for no lock (sqlite.org/uri.html)."""
-        path = quote(os.fsencode(self.path.replace(os.sep, "/")).lstrip(b"/"))
-        uri = f"file:///{path}?{query}"
-        connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
-        connection.text_factory = bytes
-        return connection
-
-    def _identify(self) -> tuple[int, int] | None:
-        """Return what tells the file in this place from another one; None if there is none."""
-        with contextlib.suppress(OSError):
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        return None
-
-    def _check_place(self) -> None:
-        """Raise Unavailable if the file that this process has had is no longer in its place.
-
-        A new one would be empty; and what is written to one without its name is lost to who looks for it.
-        """
-        if self._file is not None and self._identify() != self._file:
-            raise Unavailable("the file was moved or replaced: put it back, or start the service anew")
-        self._in_place_at = time.monotonic()
-
-    def _translate(self, error: sqlite3.OperationalError) -> Exception:
-        """Return Busy or Unavailable for what may pass or be mended. Any other error is somebody's mistake: itself."""
-        code, folder = _code(error), os.path.dirname(self.path)
-        if code in (_BUSY, _LOCKED, _PROTOCOL):
-            return Busy(str(error))
-        if code == _CANTOPEN and not os.path.isdir(folder):
-            return Unavailable(f"{error}: make the folder {folder}")
-        if code in (_READONLY, _IOERR, _FULL, _CANTOPEN):
-            return Unavailable(str(error))
-        return error
-
-
-def _code(error: sqlite3.OperationalError) -> int | None:
-    """Return the primary result code of an error, if it is known."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return _CODES.get(str(error)) if code is None else code & 0xFF
-
-
-def _insist(connection: sqlite3.Connection, statement: str, deadline: float) -> None:
-    """Execute a statement that takes a lock, and ask again until the deadline while another process holds it.
-
-    SQLite would do so, too, but its pauses grow to 100 ms, in which others take the lock again and again.
-    """
-    while True:
-        try:
-            connection.execute(statement)
+    def _create_file(self) -> None:
+        """Create the file if it does not exist, readable by its owner only."""
+        with contextlib.suppress(OSError):  # SQLite's own error is better
+            if 0 < os.path.getsize(self.location) < MIN_DATABASE:  # SQLite would overwrite it
+                raise sqlite3.DatabaseError("file is not a database")
             return
-        except sqlite3.OperationalError as error:
-            if _code(error) != _BUSY or time.monotonic() > deadline:
-                raise
-        time.sleep(RETRY_INTERVAL)
+        read_schema()  # if this fails, no empty file is left
+        with contextlib.suppress(OSError):
+            # Left open: closing it would drop the locks of this process's connections (sqlite.org/howtocorrupt.html).
+            os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+
+    def _translate(self, error: sqlite3.Error) -> Exception:
+        """Return Busy or Unavailable for an operational error. Others are bugs and returned unchanged."""
+        if not isinstance(error, sqlite3.OperationalError):
+            return error
+        if "lock" in str(error):
+            return Busy(str(error))
+        folder = os.path.dirname(self.location)
+        return Unavailable(str(error) if os.path.isdir(folder) else f"{error}: create the folder {folder}")
 
 
-def _is_filled(path: str) -> bool:
-    return os.path.isfile(path) and os.path.getsize(path) > 0
-
-
-def _rename(part: str, path: str) -> None:
-    """Give a file its name, unless another has it. Raise FileExistsError."""
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise FileExistsError(f"{path} is there already: a backup goes to a new file") from None
-    except OSError:  # a file system that has no links: there nothing looks and names at once
-        if os.path.lexists(path):
-            raise
-        os.rename(part, path)
+def read_schema() -> str:
+    """Return the statement of schema.sql that creates the table of users, and nothing else that may be in it."""
+    match = re.search(
+        r'CREATE TABLE[^(;]*\buser\b"?\s*(\(.*?\)[^();]*);', read_file("schema.sql").decode(), re.I | re.S
+    )
+    if not match:
+        raise Unavailable("schema.sql does not create a table of users: copy the one that belongs to profiler.py")
+    return f'CREATE TABLE IF NOT EXISTS "user" {match[1]}'
 
 
 def read_file(name: str) -> bytes:
-    """Return a file that came with this module: from beside it, in a folder, a wheel or a zip archive. Raise OSError.
-
-    In a wheel it has a folder of its own, where no other package writes.
-    """
-    here = os.path.dirname(os.path.abspath(__file__))
-    spec = globals().get("__spec__")  # a script has none, and mod_wsgi sets none
+    """Return a file that is installed with this module: next to it, in a wheel or in a zip archive. Raise OSError."""
+    here = os.path.dirname(__file__)
+    spec = globals().get("__spec__")  # scripts and mod_wsgi have none
+    # Wheels put it in profiler_users/, so that no other package can overwrite it.
     for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
         with contextlib.suppress(OSError):
             if spec is not None and hasattr(spec.loader, "get_data"):
                 return bytes(spec.loader.get_data(path))
             with open(path, "rb") as file:
                 return file.read()
-    raise FileNotFoundError(f"{name} cannot be read: put it beside {os.path.basename(__file__)} in {here}")
+    raise FileNotFoundError(f"{name} is missing: copy it to {os.path.abspath(here)}, next to this module")
+
+
+def _execute(
+    connection: sqlite3.Connection, statement: str, parameters: Any = (), deadline: float = 0
+) -> sqlite3.Cursor:
+    """Execute a statement, retrying until the deadline while another process holds the lock.
+
+    SQLite would retry, too, but it backs off up to 100 ms, so that busy writers starve it.
+    """
+    while True:
+        try:
+            return connection.execute(statement, parameters)
+        except sqlite3.OperationalError as error:
+            deadline = deadline or time.monotonic() + BUSY_TIMEOUT
+            if "lock" not in str(error) or time.monotonic() > deadline:
+                raise
+            if not this_thread.may_wait:
+                raise WouldBlock from None
+        time.sleep(RETRY_INTERVAL)
+
+
+def _identify(path: str) -> tuple[int, int] | None:
+    """Return the device and the inode of a file, or None if it does not exist."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
+
+
+def _sync(path: str) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
-# The storage that the endpoints know: Users has the rules, which are about accounts, and a subclass has the statements,
-# which are about a database. The statements of SQLite follow here; profiler_sqlalchemy.py has those of other engines.
+# The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
+
+HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
+# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
+MAX_FAILURES = 10  # consecutive wrong passwords of an account
+ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
+MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted
 
 
 class EmailTaken(Exception):
@@ -466,118 +500,51 @@ class EmailTaken(Exception):
 
 
 class NoSuchUser(Exception):
-    """No user has this id, or this email."""
+    """No user has this id."""
 
 
 class WrongPassword(Exception):
-    """The password is not the user's, or nobody has the email it came with."""
+    """The password is wrong, or no user has the email. The message, if any, is for the operator."""
+
+
+class TooManyAttempts(Exception):
+    """Too many wrong passwords: try again after `retry_after` seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__()
+        self.retry_after = retry_after
 
 
 class TableInUse(Exception):
-    """The table holds users, whom nobody said to drop."""
+    """The table holds users and --force was not given."""
 
 
-class Users:
-    """The rules of users, whatever database they are in. Each method may also raise Busy or Unavailable.
+class Attempts:
+    """Counts the consecutive wrong passwords of each account, in memory."""
 
-    A storage is a subclass that gives the methods named here; SQLiteUsers, below, tells what each of them does.
-    """
+    def __init__(self) -> None:
+        self._failures: dict[int | str, tuple[int, float]] = {}  # count and time of the last one; least recent first
+        self._lock = threading.Lock()
 
-    place: str  # where the users are, for people to read
-    # Declared here for the sake of types.
-    find: Callable[[str], tuple[int, str] | None]
-    insert: Callable[[str, str, str, str], int]
-    page: Callable[..., tuple[bytes, int | None]]
-    get: Callable[[int], bytes]
-    get_password: Callable[[int], str]
-    update: Callable[[int, str, str, str, Check | None], None]
-    delete: Callable[[int, Check | None], None]
-    replace_password: Callable[[int, str | None, str], bool]
-    count: Callable[[], int]
-    check: Callable[[], None]
-    initialise: Callable[[bool], None]
-    prepare: Callable[[], None]
-    expect: Callable[[], None]
-    backup: Callable[[str, Callable[[int, int], object]], None]
-    close: Callable[[], None]
+    def begin(self, account: int | str) -> None:
+        """Count an attempt as a failure, until `reset` is called. Raise TooManyAttempts."""
+        with self._lock:
+            now = time.monotonic()
+            count, last = self._failures.pop(account, (0, now))
+            wait = last + ATTEMPT_INTERVAL - now if count >= MAX_FAILURES else 0
+            self._failures[account] = (count, last) if wait > 0 else (count + 1, now)
+            if len(self._failures) > MAX_TRACKED:
+                del self._failures[next(iter(self._failures))]
+        if wait > 0:
+            raise TooManyAttempts(int(wait) + 1)
 
-    def __init__(self, iterations: int, hashers: int) -> None:
-        """Hash new passwords with so many iterations, at most `hashers` of them at once."""
-        self._iterations = iterations
-        self._hashers = hashers
-        self._cores = threading.BoundedSemaphore(hashers)
-        # Nobody's password: to try one against it takes as long as against a user's.
-        self._nobody = 0, f"pbkdf2:sha256:{iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=functools.partial(_renew, weakref.ref(self)))
-
-    def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
-        """Store a new user and return the id. Raise EmailTaken; Busy if no core is free to hash the password."""
-        if self.find(email):  # before the costly part; the insert itself decides once more
-            raise EmailTaken
-        with self._core():
-            password_hash = hash_password(password, self._iterations)
-        return self.insert(first_name, last_name, email, password_hash)
-
-    def list(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
-        """Yield all users behind an id, as page returns them: batch by batch, each a read of its own."""
-        while True:
-            users, after = self.page(BATCH, after, descending=descending)
-            yield users
-            if after is None:
-                return
-
-    def verify(self, email: str, password: str) -> int:
-        """Return the id of the user whose email and password these are. Raise WrongPassword, Busy.
-
-        A hash that is weaker than a new one is made anew, now that the password is at hand.
-        """
-        user_id, password_hash = self.find(email) or self._nobody
-        new_hash = None
-        with self._core():
-            right = verify_password(password_hash, password)
-            if right and is_weak(password_hash, self._iterations):
-                new_hash = hash_password(password, self._iterations)
-        if not right or user_id < 1:
-            raise WrongPassword
-        if new_hash:
-            with contextlib.suppress(Unavailable):  # then another time
-                self.replace_password(user_id, password_hash, new_hash)
-        return user_id
-
-    def change_password(self, user_id: int, old_password: str, new_password: str) -> None:
-        """Give a user another password, if the old one is right. Raise NoSuchUser, WrongPassword, Busy."""
-        password_hash = self.get_password(user_id)
-        with self._core():
-            if not verify_password(password_hash, old_password):
-                raise WrongPassword
-            new_hash = hash_password(new_password, self._iterations)
-        if not self.replace_password(user_id, password_hash, new_hash):  # of two at once the second is too late
-            raise WrongPassword
-
-    def set_password(self, email: str, new_password: str) -> None:
-        """Give the user who has this email another password, whatever the old one is. Raise NoSuchUser."""
-        user = self.find(email)
-        if not (user and self.replace_password(user[0], None, hash_password(new_password, self._iterations))):
-            raise NoSuchUser
-
-    def renew(self) -> None:
-        """Hold nothing in a forked child that the parent's other threads held: nobody would release it there."""
-        self._cores = threading.BoundedSemaphore(self._hashers)
-
-    @contextlib.contextmanager
-    def _core(self) -> Iterator[None]:
-        """Hold one of the cores to hash on. Raise Busy."""
-        cores = self._cores
-        if not cores.acquire(timeout=HASH_TIMEOUT):
-            raise Busy("no core was free to hash a password")
-        try:
-            yield
-        finally:
-            cores.release()
+    def reset(self, account: int | str) -> None:
+        """Forget the failures of an account."""
+        with self._lock:
+            self._failures.pop(account, None)
 
 
-# Cast, for another program may have written anything: json_object takes no BLOB, and created_on may be a number.
+# Cast, because another program may have stored anything: json_object takes no BLOB, and created_on may be a number.
 _USER = """json_object(
     'id', id,
     'first_name', CAST(first_name AS TEXT),
@@ -585,192 +552,291 @@ _USER = """json_object(
     'email', CAST(email AS TEXT),
     'created_on', CAST(created_on AS TEXT)
 )"""
+_GET = f'SELECT {_USER} FROM "user" WHERE id = ?'
+_CONTAINS = r"""AND (
+    first_name LIKE :pattern ESCAPE '\'
+    OR last_name LIKE :pattern ESCAPE '\'
+    OR email LIKE :pattern ESCAPE '\'
+)"""
 
-# A file that the tutorial's service made compares emails with case, unless it is told otherwise. It may hold two that
-# differ in case alone, whose users can still be updated; and another program may have given a user an id below 1, who
-# is nobody here.
-_HAS_EMAIL = "email COLLATE NOCASE = :email"
 
-
-def _page(descending: bool, by_email: bool) -> str:
-    """Return the statement of a page: the users, the id of the last one, and whether there are more behind it."""
+@functools.cache
+def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
+    """Return a SELECT of a page: the users, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
-    # SQLite seeks by one bound on each side: where ids go up, `after` is the lower one, and never below 0.
-    condition = ("AND id > 0 " if descending else "") + (f"AND {_HAS_EMAIL}" if by_email else "")
+    conditions = "AND email = :email COLLATE NOCASE " if by_email else ""
+    conditions += _CONTAINS if by_text else ""
+    # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in Python
+    # makes lists 1.5 times slower.
     return f"""
 WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) AS count
     FROM (
         SELECT id, {_USER} AS user FROM "user"
-        WHERE id {beyond} :after {condition}
+        WHERE id {beyond} :after {conditions}
         ORDER BY id {order} LIMIT :limit
     )
 )
-SELECT users, last, EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {condition}) FROM page
+SELECT users, last, count = :limit AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
 """
 
 
-_PAGES = {
-    (descending, by_email): _page(descending, by_email) for descending in (False, True) for by_email in (False, True)
-}
-_FIND = f"""
-SELECT id, CAST(password AS TEXT) FROM "user" WHERE {_HAS_EMAIL} ORDER BY email COLLATE BINARY = :email DESC, id LIMIT 1
-"""
-_GET = f"""SELECT {_USER} FROM "user" WHERE id = :id AND id > 0"""
-_GET_PASSWORD = """SELECT CAST(password AS TEXT) FROM "user" WHERE id = :id AND id > 0"""
-_INSERT = f"""
-INSERT INTO "user" (first_name, last_name, email, password)
-SELECT :first_name, :last_name, :email, :password_hash
-WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE {_HAS_EMAIL})
-"""
-_UPDATE = f"""
-UPDATE "user" SET first_name = :first_name, last_name = :last_name, email = :email
-WHERE id = :id AND id > 0 AND (
-    email COLLATE BINARY = :email
-    OR NOT EXISTS (SELECT 1 FROM "user" WHERE {_HAS_EMAIL} AND id <> :id)
-)
-"""
-_DELETE = """DELETE FROM "user" WHERE id = :id AND id > 0"""
-_REPLACE_PASSWORD = """
-UPDATE "user" SET password = :new_hash
-WHERE id = :id AND id > 0 AND (:old_hash IS NULL OR CAST(password AS TEXT) = :old_hash)
-"""
-_COUNT = """SELECT count(*) FROM "user" WHERE id > 0"""
-_CHECK = """SELECT id, first_name, last_name, email, password, created_on FROM "user" LIMIT 1"""
-_DROP = """DROP TABLE "user" """
-_EMAIL_INDEX = """
-SELECT 1
-FROM pragma_index_list('user') AS index_, pragma_index_xinfo(index_.name) AS column_
-WHERE column_.seqno = 0 AND column_.name = 'email' AND column_.coll = 'NOCASE' COLLATE NOCASE AND NOT index_.partial
-"""
-_CREATE_EMAIL_INDEX = """CREATE INDEX IF NOT EXISTS user_email ON "user" (email COLLATE NOCASE)"""
+class Users(Database):
+    """The users in an SQLite file. SQLite produces the JSON, so that a read builds no objects in Python.
 
+    First come the rules of accounts, then the storage: what a subclass for another database overrides.
+    """
 
-class SQLiteUsers(Users):
-    """The users in an SQLite file. The database itself writes the JSON, so that a read builds nothing in Python."""
+    def __init__(self, database: str, iterations: int = ITERATIONS, hashers: int | None = None) -> None:
+        """Hash new passwords with `iterations`, at most `hashers` at once (default: the number of cores).
 
-    def __init__(self, path: str, iterations: int, hashers: int) -> None:
-        """Take the path of the file, and what Users takes. Raise ValueError for a database that is no file."""
-        super().__init__(iterations, hashers)
-        self._database = Database(path, _index_emails)
-        self.place = self._database.path
+        Nothing is opened yet. Raise ValueError for an invalid database or number of iterations; Unavailable.
+        """
+        check_iterations(iterations)
+        self.iterations = iterations
+        self._hashers = hashers or count_cores()
+        # Verified instead, where there is no hash that can be verified, so that every check takes as long.
+        self._dummy_hash = f"pbkdf2:sha256:{iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
+        self._reset_locks()
+        self.open(database)
+        _instances.add(self)
+
+    # The rules of accounts.
+
+    def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
+        """Store a new user and return the id. Raise EmailTaken."""
+        if self.find(email):  # before the costly part; the insert itself decides
+            raise EmailTaken
+        with self._core():
+            password_hash = hash_password(password, self.iterations)
+        return self.insert(first_name, last_name, email, password_hash)
+
+    def batches(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
+        """Yield all users after an id in batches, as page returns them, each its own read."""
+        while True:
+            users, after = self.page(BATCH, after, descending=descending)
+            yield users
+            if after is None:
+                return
+
+    def verify(self, email: str, password: str) -> int:
+        """Return the id of the user with this email and password. Raise WrongPassword, TooManyAttempts.
+
+        Upgrades a weak or foreign hash.
+        """
+        user_id, password_hash = self.find(email) or (None, self._dummy_hash)
+        new_hash = None
+        with self._core():
+            self._check_password(fold_email(email) if user_id is None else user_id, password_hash, password)
+            if needs_rehash(password_hash, self.iterations):
+                new_hash = hash_password(password, self.iterations)
+        if user_id is None:
+            raise WrongPassword
+        if new_hash:
+            with contextlib.suppress(Unavailable):  # try again at the next login
+                self.replace_password_hash(user_id, password_hash, new_hash)
+        return user_id
+
+    def change_password(self, user_id: int, old_password: str, new_password: str, guard: Guard | None = None) -> None:
+        """Replace a user's password if the old one is right. Raise NoSuchUser, WrongPassword, TooManyAttempts."""
+        password_hash = self.get_password_hash(user_id)
+        with self._core():
+            self._check_password(user_id, password_hash, old_password)
+            new_hash = hash_password(new_password, self.iterations)
+        if not self.replace_password_hash(user_id, password_hash, new_hash, guard):  # changed concurrently
+            raise WrongPassword
+
+    def reset_password(self, user_id: int, new_password: str, guard: Guard | None = None) -> None:
+        """Replace a user's password, whatever it is. Raise NoSuchUser."""
+        self.get_password_hash(user_id)
+        with self._core():
+            new_hash = hash_password(new_password, self.iterations)
+        if not self.replace_password_hash(user_id, None, new_hash, guard):
+            raise NoSuchUser
+        self._attempts.reset(user_id)
+
+    def _check_password(self, account: int | str, password_hash: str, password: str) -> None:
+        """Raise WrongPassword, TooManyAttempts. Hash once, even if the stored hash cannot be verified."""
+        self._attempts.begin(account)
+        if not can_verify(password_hash):
+            verify_password(self._dummy_hash, password)
+            raise WrongPassword(f"the password hash of user {account} is malformed or cannot be verified here")
+        if not verify_password(password_hash, password):
+            raise WrongPassword
+        self._attempts.reset(account)
+
+    def _reset_locks(self) -> None:
+        """Start with all cores free: in a forked child, the threads that held them do not exist."""
+        self._cores = threading.BoundedSemaphore(self._hashers)
+        self._attempts = Attempts()
+
+    @contextlib.contextmanager
+    def _core(self) -> Iterator[None]:
+        """Hold one of the cores to hash on. Raise Busy."""
+        cores = self._cores
+        waited = not cores.acquire(blocking=False)
+        if waited and not cores.acquire(timeout=HASH_TIMEOUT):
+            raise Busy("no core was free to hash a password")
+        try:
+            if waited and this_thread.is_abandoned():
+                raise Busy("the client disconnected before its password was hashed")
+            yield
+        finally:
+            cores.release()
+
+    # The storage.
 
     def find(self, email: str) -> tuple[int, str] | None:
-        """Return the id and the password's hash of the user who has this email, or else has it in another case."""
-        rows = self._database.read(_FIND, {"email": email})
+        """Return the id and the password hash of the user with this email, or None."""
+        statement = 'SELECT id, CAST(password AS TEXT) FROM "user" WHERE email = ? COLLATE NOCASE'
+        rows = self.read(statement, (email,))
         return (rows[0][0], _text(rows[0][1])) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
         fields = {"first_name": first_name, "last_name": last_name, "email": email, "password_hash": password_hash}
-        with self._database.transaction() as connection:
-            cursor = connection.execute(_INSERT, fields)
+        statement = """
+INSERT INTO "user" (first_name, last_name, email, password)
+SELECT :first_name, :last_name, :email, :password_hash
+WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
+"""
+        with self.transaction() as connection:
+            try:
+                cursor = connection.execute(statement, fields)
+            except sqlite3.OperationalError as error:
+                if "full" in str(error):
+                    raise Unavailable(f"{error}, or no id is left because {MAX_ID} was used") from None
+                raise
             if cursor.rowcount == 0:
                 raise EmailTaken
             return cursor.lastrowid or 0
 
     def page(
-        self, limit: int, after: float | None = None, email: str | None = None, descending: bool = False
+        self, limit: int, after: int | None = None, descending: bool = False, email: str | None = None, text: str = ""
     ) -> tuple[bytes, int | None]:
-        """Return the first users behind an id, as JSON objects with commas between, by id or `descending`.
+        """Return one page of users as comma-separated JSON objects, and the last id if more follow.
 
-        And the id behind which there are more, or None. With an email, only who has it counts.
+        With `email`, only the user with this email; with `text`, only users with it in a name or the email.
         """
-        if after is None:
-            after = float("inf") if descending else 0
-        parameters = {"after": after, "limit": limit, "email": email}
-        [(users, last, more)] = self._database.read(_PAGES[descending, email is not None], parameters)
+        parameters = {
+            "after": (float("inf") if descending else float("-inf")) if after is None else after,
+            "limit": limit,
+            "email": email,
+            "pattern": "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%",
+        }
+        statement = _page_statement(descending, email is not None, bool(text))
+        [(users, last, more)] = self.read(statement, parameters, slow=bool(text))
         return _utf8(users or b""), last if more else None
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
-        rows = self._database.read(_GET, {"id": user_id})
+        rows = self.read(_GET, (user_id,))
         if not rows:
             raise NoSuchUser
         return _utf8(rows[0][0])
 
-    def get_password(self, user_id: int) -> str:
-        """Return the hash of a user's password. Raise NoSuchUser."""
-        return _text(_only(self._database.read(_GET_PASSWORD, {"id": user_id})))
+    def get_password_hash(self, user_id: int) -> str:
+        """Return a user's password hash. Raise NoSuchUser."""
+        return _text(_single(self.read('SELECT CAST(password AS TEXT) FROM "user" WHERE id = ?', (user_id,))))
 
-    def update(self, user_id: int, first_name: str, last_name: str, email: str, check: Check | None = None) -> None:
-        """Give a user other names and another email. Raise NoSuchUser, EmailTaken, and what the check raises."""
-        fields = {"id": user_id, "first_name": first_name, "last_name": last_name, "email": email}
-        with self._database.transaction() as connection:
-            if check:
-                check(_utf8(_only(connection.execute(_GET, fields).fetchall())))
-            if connection.execute(_UPDATE, fields).rowcount == 0:
-                _only(connection.execute(_GET, fields).fetchall())
+    def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
+        """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
+        parameters = {"first_name": None, "last_name": None, "email": None, **fields, "id": user_id}
+        statement = """
+UPDATE "user" SET
+    first_name = coalesce(:first_name, first_name),
+    last_name = coalesce(:last_name, last_name),
+    email = coalesce(:email, email)
+WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE AND id <> :id)
+"""
+        with self.transaction() as connection:
+            if guard:
+                guard(_utf8(_single(connection.execute(_GET, (user_id,)).fetchall())))
+            if connection.execute(statement, parameters).rowcount == 0:
+                _single(connection.execute(_GET, (user_id,)).fetchall())
                 raise EmailTaken
 
-    def delete(self, user_id: int, check: Check | None = None) -> None:
-        """Delete a user, if there is one with this id, which is never used again. Raise what the check raises."""
-        with self._database.transaction() as connection:
-            if check:
-                rows = connection.execute(_GET, {"id": user_id}).fetchall()
-                check(_utf8(rows[0][0]) if rows else None)
-            connection.execute(_DELETE, {"id": user_id})
+    def delete(self, user_id: int, guard: Guard | None = None) -> None:
+        """Delete a user, if there is one with this id, which is never reused. Raise as guard."""
+        with self.transaction() as connection:
+            _run_guard(connection, user_id, guard)
+            connection.execute('DELETE FROM "user" WHERE id = ?', (user_id,))
 
-    def replace_password(self, user_id: int, old_hash: str | None, new_hash: str) -> bool:
-        """Store another hash in place of this one, or of any; tell whether it was there to be replaced."""
-        fields = {"id": user_id, "old_hash": old_hash, "new_hash": new_hash}
-        with self._database.transaction() as connection:
-            return connection.execute(_REPLACE_PASSWORD, fields).rowcount > 0
+    def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
+        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise as guard."""
+        statement = """
+UPDATE "user" SET password = :new WHERE id = :id AND (:old IS NULL OR CAST(password AS TEXT) = :old)
+"""
+        with self.transaction() as connection:
+            _run_guard(connection, user_id, guard)
+            return connection.execute(statement, {"id": user_id, "old": old, "new": new}).rowcount > 0
 
     def count(self) -> int:
-        """Return how many users there are."""
-        return int(_only(self._database.read(_COUNT, {})))
+        """Return the number of users."""
+        return int(_single(self.read('SELECT count(*) FROM "user"')))
 
-    def check(self) -> None:
-        """Return if users can be read; else raise what is in the way."""
-        self._database.read(_CHECK, {})
+    def ping(self) -> None:
+        """Raise an exception unless users can be read."""
+        self.check_files()
+        self.read(f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
-    def initialise(self, force: bool) -> None:
-        """Make the table, as any use does. Raise TableInUse if it holds users, unless forced to drop them first."""
-        with self._database.transaction() as connection:
-            count = _only(connection.execute(_COUNT).fetchall())
+    def initialise(self, force: bool = False) -> bool:
+        """Create the table; if it exists and `force` is true, drop it with its users first. Return whether it did.
+
+        Raise TableInUse if it holds users and `force` is false.
+        """
+        with self.transaction() as connection:
+            count = _single(connection.execute('SELECT count(*) FROM "user"').fetchall())
             if count and not force:
-                raise TableInUse(f"the table holds {count_users(count)}: --force drops them, for good")
+                raise TableInUse(f"the table holds users ({count}): --force deletes them")
             if force:
-                connection.execute(_DROP)
-                connection.execute(read_file("schema.sql").decode())  # one statement: executescript would commit first
+                connection.execute('DROP TABLE "user"')
+                connection.execute(read_schema())
+        return force or self.created_table
 
-    def prepare(self) -> None:
-        """Make the file, its table and its index. What may only be read is served as it is."""
-        with contextlib.suppress(Unavailable), self._database.transaction():
-            pass
-
-    def expect(self) -> None:
-        """Make no database from now on. Raise Unavailable if there is none."""
-        self._database.expect()
-
-    def backup(self, path: str, progress: Callable[[int, int], object]) -> None:
-        """Write a copy to a new file, and tell `progress` how much is left, and of how much. Raise OSError."""
-        self._database.copy(path, progress)
-
-    def close(self) -> None:
-        """Close the database. The next call of a method opens it again."""
-        self._database.close()
-
-    def renew(self) -> None:
-        """Begin anew in a forked child, as Users does."""
-        super().renew()
-        self._database.renew()
+    def create_if_missing(self) -> None:
+        """Create the file and the table if there are none."""
+        self.read(_GET, (0,))
 
 
-def _renew(reference: weakref.ref[Users]) -> None:
-    """Call renew of the users, if they are still there."""
-    if users := reference():
-        users.renew()
+_instances: WeakSet[Users] = WeakSet()
 
 
-def _index_emails(connection: sqlite3.Connection) -> None:
-    """Add an index for emails without case to a file that has none: the tutorial's."""
-    if not connection.execute(_EMAIL_INDEX).fetchall():
-        connection.execute(_CREATE_EMAIL_INDEX)
+def _after_fork() -> None:
+    for users in list(_instances):
+        users._reset_locks()
+        users.after_fork()
 
 
-def _only(rows: list[Any]) -> Any:
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use, within its CPU quota (Linux, cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota
+        with open("/proc/self/cgroup") as file:
+            cgroup = file.read().partition("0::")[2].strip()
+        with open(f"/sys/fs/cgroup{cgroup}/cpu.max") as file:
+            quota, period = map(int, file.read().split())
+        cores = min(cores, -(-quota // period))
+    return cores
+
+
+def fold_email(email: str) -> str:
+    """Return an email with its ASCII letters in lower case, for comparison."""
+    return re.sub("[A-Z]+", lambda match: match[0].lower(), email)
+
+
+def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
+    """Call a guard with the user in this transaction."""
+    if guard:
+        rows = connection.execute(_GET, (user_id,)).fetchall()
+        guard(_utf8(rows[0][0]) if rows else None)
+
+
+def _single(rows: list[Any]) -> Any:
     """Return the one column of the one row. Raise NoSuchUser if there is none."""
     if not rows:
         raise NoSuchUser
@@ -778,616 +844,592 @@ def _only(rows: list[Any]) -> Any:
 
 
 def _utf8(text: bytes) -> bytes:
-    """Return the text with U+FFFD for whatever is not UTF-8: a cell written from outside may hold anything."""
+    """Return the text with U+FFFD for invalid UTF-8, which another program may have stored."""
     return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
 def _text(cell: bytes | None) -> str:
-    """Return a cell as a str: an empty one for NULL, which another program may have stored."""
-    return _utf8(cell or b"").decode()
-
-
-def count_users(count: int) -> str:
-    """Return a number of users in words."""
-    return "1 user" if count == 1 else f"{count} users"
-
-
-def open_users(database: str, iterations: int) -> Users:
-    """Return the users in a database: the path of a file, or the URL of a server. Nothing is opened yet.
-
-    Raise ValueError for a database that cannot be; Unavailable.
-    """
-    hashers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "://" not in database:
-        return SQLiteUsers(database, iterations, hashers)
-    sys.modules.setdefault("profiler", sys.modules[__name__])  # run as a program, this module is not known by its name
-    try:
-        import profiler_sqlalchemy  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        extra = "mysql" if database.startswith(("mysql", "mariadb")) else "postgresql"
-        raise ValueError(
-            f"a database by URL needs profiler_sqlalchemy.py beside this module, and what "
-            f"`pip install 'profiler-users[{extra}]'` installs: {error}"
-        ) from None
-    users: Users = profiler_sqlalchemy.SQLAlchemyUsers(database, iterations, hashers)
-    return users
+    """Return a cell as a str, "" for NULL, which another program may have stored."""
+    return (cell or b"").decode("utf-8", "replace")
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------
-# What a request may ask and what a response is, whatever it is about.
+# Requests and responses, independent of the endpoints.
+
+MAX_BRACKETS = 500  # objects and arrays in a body: the JSON parser recurses, at most 1,000 levels deep
 
 JSON = ("Content-Type", "application/json")
-_HEADERS = (  # of every response
-    ("X-Content-Type-Options", "nosniff"),
-    ("Cache-Control", "no-store"),
-)
-_DIGITS = re.compile("[0-9]{1,4000}")  # not \d, which takes the digits of every script; int() takes no more than 4300
+# Of every response. Without X-Frame-Options, any website could find out which ids exist, by <object data>.
+_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"))
+_DIGITS = re.compile("[0-9]{1,4000}")  # ASCII only, unlike \d; int() takes at most 4,300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Unicode's property Default_Ignorable_Code_Point (DerivedCoreProperties.txt).
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # in JSON; without an end, it takes what is left
-_BRACKET = re.compile(rb"[\[{]")
-_ENTITY_TAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')  # RFC 9110 8.8.3
-
-
-NOTHING_HERE = "Nothing is here: the users are at /users/"
-
-
-def status_line(status: HTTPStatus) -> str:
-    """Return a status as PEP 3333 has it, such as `200 OK`."""
-    return f"{status.value} {status.phrase}"
-
-
-OK, CREATED, NO_CONTENT = map(status_line, (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.NO_CONTENT))
-NOT_MODIFIED, PERMANENT_REDIRECT = map(status_line, (HTTPStatus.NOT_MODIFIED, HTTPStatus.PERMANENT_REDIRECT))
+# As sent, or as changed in transit by a proxy that compresses: made weak, or with a suffix such as -gzip.
+_ENTITY_TAG = re.compile('(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"')
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error: a status, what the client should change, and headers, if any."""
+    """A request that is answered with an error: a status, what the client should change, and extra headers."""
 
     def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
     def response(self) -> Response:
-        """Return what the client is answered."""
-        return status_line(self.status), to_json({"error": self.message}), (JSON, *self.headers)
+        """Return the error response."""
+        return f"{self.status.value} {self.status.phrase}", to_json({"error": self.message}), (JSON, *self.headers)
+
+
+def bad_request(message: str) -> HTTPError:
+    """Return the exception for a status of 400."""
+    return HTTPError(HTTPStatus.BAD_REQUEST, message)
 
 
 def to_json(value: object) -> bytes:
-    """Return the value as a line of JSON in UTF-8."""
+    """Return a line of compact JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def complete(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
-    """Return the response as PEP 3333 has it: the status line, all headers, the body."""
+def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
+    """Return the status line, all headers and the body for a WSGI server. A complete body is a tuple of one part."""
     status, body, extra = response
     if body is None:
         return status, [*_HEADERS, *extra], (b"",)  # hypercorn sends no head before the first part
     if isinstance(body, bytes):
-        return status, [*_HEADERS, *extra, ("Content-Length", str(len(body)))], (body,)
+        return status, [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
     return status, [*_HEADERS, *extra], body
 
 
-def read_object(environ: WSGIEnvironment) -> dict[str, Any]:
-    """Return the JSON object in the request's body. Raise HTTPError: 400, 408, 411, 413, 415."""
-    _check_content_type(environ.get("CONTENT_TYPE", ""))
+def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
+    """Return the JSON object in the request body. Raise HTTPError: 400, 408, 411, 413, 415.
+
+    The media types are accepted besides application/json.
+    """
+    media_type, *parameters = environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "").split(";")
+    charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
+    if media_type not in ("application/json", *media_types) or not charsets <= {"charset=utf-8", "charset=utf8"}:
+        raise HTTPError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
-    if len(_BRACKET.findall(_STRING.sub(b"", body))) > MAX_BRACKETS:  # the parser would run out of its thread's stack
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body is nested too deeply: it may have {MAX_BRACKETS} brackets")
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise bad_request(f"The body must have at most {MAX_BRACKETS} brackets")
     try:
-        # No field is a number. As floats, numbers of thousands of digits cost nothing.
-        value = json.loads(body.decode(), parse_int=float, parse_constant=_refuse_constant)
+        # parse_int=float avoids the quadratic cost of huge integers, which no field needs.
+        value = json.loads(body.decode("utf-8-sig"), parse_int=float, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be UTF-8") from None
+        raise bad_request("The body must be UTF-8") from None
     except ValueError as error:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"The body must be JSON: {error}") from None
+        raise bad_request(f"The body must be JSON: {error}") from None
     if not isinstance(value, dict):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object")
+        raise bad_request("The body must be a JSON object")
     return value
 
 
-def read_fields(environ: WSGIEnvironment, names: Sequence[str]) -> list[str]:
-    """Return the named fields of the JSON object in the body. Raise HTTPError: 400, or as read_object does."""
-    fields = read_object(environ)
+def check_fields(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the values of the named fields. Raise HTTPError: 400."""
     values = [fields.get(name) for name in names]
-    if not all(str(value or "").strip() for value in values):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "Required fields are missing")
-    return [check_field(name, value) for name, value in zip(names, values)]
+    if any(_is_blank(str(value or "")) for value in values):
+        raise bad_request("Required fields are missing")
+    return list(map(check_field, names, values))
 
 
 def check_field(name: str, value: object) -> str:
-    """Return a field's value, if it is valid. Raise HTTPError: 400; its message begins with the field's name."""
-    problem = _find_problem(name, value)
-    if problem:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} {problem}")
-    return str(value)
+    """Return the value of a field if it is valid. Raise HTTPError: 400; its message starts with the field's name."""
+    if not isinstance(value, str):
+        problem = "must be a string"
+    elif _is_blank(value) and name != "q":
+        problem = "must not be blank"
+    elif _SURROGATE.search(value):
+        problem = "must not contain a lone surrogate"
+    elif name == "password_hash" and not can_verify(value):
+        formats = "a PBKDF2-SHA256 or scrypt hash of Werkzeug, Django or passlib, of moderate cost"
+        problem = f"must be {formats}: others, such as bcrypt, cannot be verified here"
+    elif "password" in name and "\0" in value:
+        problem = "must not contain the NUL character"
+    elif "password" not in name and _CONTROL.search(value):
+        problem = "must not contain control characters"
+    elif name == "email" and (len(value) > MAX_EMAIL or not _EMAIL.fullmatch(value) or _INVISIBLE.search(value)):
+        problem = f"must be an address such as harry@example.com, of at most {MAX_EMAIL} visible characters"
+    elif "password" not in name and len(value) > MAX_NAME:
+        problem = f"must have at most {MAX_NAME} characters"
+    else:
+        return value
+    raise bad_request(f"{name} {problem}")
 
 
 def read_query(environ: WSGIEnvironment) -> dict[str, str]:
-    """Return the parameters of the query; of those with one name, the last. A + is a +, as RFC 3986 has it."""
+    """Return the query parameters. The last of repeated ones wins. "+" is literal (RFC 3986)."""
     query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
     return dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
 
 
-def read_number(text: str, name: str, low: int, high: int) -> int:
-    """Return the number that a parameter of the query gives. Raise HTTPError: 400."""
+def parse_number(text: str, name: str, low: int, high: int) -> int:
+    """Return the number in a parameter or a setting. Raise ValueError."""
     if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} must be a number from {low} to {high}")
+        raise ValueError(f"{name} must be a number from {low} to {high}")
     return int(text)
 
 
-def parse_length(text: str) -> int:
-    """Return the number of bytes that a Content-Length announces (RFC 9110 8.6). Raise HTTPError: 400."""
-    if not _DIGITS.fullmatch(text):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length must be a number in decimal digits")
-    return int(text)
+def make_entity_tag(user: bytes) -> str:
+    """Return the strong ETag of a user's JSON (RFC 9110 8.8.3)."""
+    return f'"{hashlib.sha256(user).hexdigest()[:32]}"'
 
 
-def make_entity_tag(body: bytes) -> str:
-    """Return the strong ETag of a body: the same wherever and whenever it is the same (RFC 9110 8.8.3)."""
-    return f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
+    """Return True if the response to a GET is 304 (RFC 9110 13.2.2). `user` is the stored user as JSON, or None.
 
-
-def check_preconditions(environ: WSGIEnvironment, body: bytes | None) -> bool:
-    """Tell whether the answer to a GET is 304. `body` is the user as it is now; None: there is none (RFC 9110 13.2.2).
-
-    Raise HTTPError: 412 if the client does not want the request to be met as things are.
+    Raise HTTPError: 412 if a precondition fails.
     """
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
-    entity_tag = None if body is None else make_entity_tag(body)
-    if if_match is not None and not _matches(if_match, entity_tag, strongly=True):
-        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user has changed since: get it again, then decide")
-    if if_none_match is None or not _matches(if_none_match, entity_tag, strongly=False):
+    if if_match is not None and not _matches(if_match, user):
+        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user has changed: get it again, then decide")
+    if if_none_match is None or not _matches(if_none_match, user):
         return False
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user is one that If-None-Match rules out")
+        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user matches If-None-Match")
     return True
 
 
-def _matches(field: str, entity_tag: str | None, strongly: bool) -> bool:
-    """Tell whether a list of ETags has this one. Strongly, a weak one has no match (RFC 9110 8.8.3.2)."""
-    if entity_tag is None:
-        return False
-    if field.strip() == "*":
-        return True
-    if _ENTITY_TAG.sub("", field).strip(" \t,"):  # it is no list of ETags
-        return False
-    return any(tag == entity_tag and not (weak and strongly) for weak, tag in _ENTITY_TAG.findall(field))
-
-
-def _check_content_type(content_type: str) -> None:
-    media_type, *parameters = (part.strip() for part in content_type.lower().replace('"', "").split(";"))
-    charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
-    if media_type != "application/json" or not charsets <= {"charset=utf-8"}:
-        raise HTTPError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send the body as Content-Type: application/json, in UTF-8")
-
-
-def _read_body(environ: WSGIEnvironment) -> bytes:
-    """Return the body. Its end is told by Content-Length or, where the server says that it is, by the stream."""
-    stream, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH", "")
-    chunked = "HTTP_TRANSFER_ENCODING" in environ
-    if length and not chunked:
-        size = parse_length(length)
-        _check_size(size)
-        body = _read(stream, size)
-        if len(body) < size:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
-        return body
-    if environ.get("wsgi.input_terminated", False):
-        body = _read(stream, MAX_BODY + 1)
-        _check_size(len(body))
-        return body
-    if chunked:
-        raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-    return b""
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_BODY:
-        raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
-
-
-def _read(stream: InputStream, size: int) -> bytes:
-    """Return so many bytes of the stream, or fewer at its end."""
-    chunks = []
-    try:
-        while size and (chunk := stream.read(size)):
-            chunks.append(chunk)
-            size -= len(chunk)
-    except socket.timeout:
-        raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive") from None
-    except Exception:  # servers raise errors of their own for a client that leaves or breaks its chunks
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The body could not be read to its end") from None
-    return b"".join(chunks)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _find_problem(name: str, value: object) -> str | None:
-    """Tell what is wrong with the value of a field, if anything."""
-    if not isinstance(value, str):
-        return "must be a string"
-    if _SURROGATE.search(value):
-        return "must not contain a lone surrogate"
-    if name.endswith("password"):
-        return "must not contain the NUL character" if "\0" in value else None
-    if _CONTROL.search(value):
-        return "must not contain control characters"
-    if name == "email" and not (_EMAIL.fullmatch(value) and len(value) <= MAX_EMAIL):
-        return f"must be an address such as harry@example.com, of at most {MAX_EMAIL} characters"
-    if name.endswith("name") and len(value) > MAX_NAME:
-        return f"must have at most {MAX_NAME} characters"
+def make_guard(environ: WSGIEnvironment) -> Guard | None:
+    """Return a guard that checks the preconditions inside the transaction, or None if there are none."""
+    if "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ:
+        return functools.partial(check_preconditions, environ)
     return None
 
 
+def _matches(field: str, user: bytes | None) -> bool:
+    """Return True if a list of ETags contains the user's, or is "*" and there is a user."""
+    tags = [_ENTITY_TAG.fullmatch(tag.strip(" \t")) for tag in field.split(",")]  # ours contain no comma
+    return user is not None and (
+        field.strip(" \t") == "*" or make_entity_tag(user) in [f'{match[1]}"' for match in tags if match]
+    )
+
+
+def _read_body(environ: WSGIEnvironment) -> bytes:
+    """Read Content-Length bytes, or to the end if the server sets wsgi.input_terminated. Raise as read_object does."""
+    length, chunked = environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ
+    is_terminated = environ.get("wsgi.input_terminated", False)
+    if chunked and not is_terminated:
+        raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
+    size = parse_length(length) if length and not chunked else 0
+    too_large = HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
+    if size > MAX_BODY:
+        raise too_large
+    left, chunks = size or (MAX_BODY + 1 if is_terminated else 0), []
+    try:
+        while left and (chunk := environ["wsgi.input"].read(left)):
+            chunks.append(chunk)
+            left -= len(chunk)
+    except socket.timeout:
+        raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive") from None
+    except Exception:  # each server has its own exceptions for a broken body
+        raise bad_request("The body could not be read to its end") from None
+    body = b"".join(chunks)
+    if len(body) > MAX_BODY:
+        raise too_large
+    if len(body) < size:
+        raise bad_request("The body is shorter than its Content-Length")
+    return body
+
+
+def parse_length(text: str) -> int:
+    """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
+    if not _DIGITS.fullmatch(text):
+        raise bad_request("Content-Length must be a number in decimal digits")
+    return int(text)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")
+
+
+def _is_blank(text: str) -> bool:
+    return not _INVISIBLE.sub("", text).strip()
+
+
 # -- endpoints ---------------------------------------------------------------------------------------------------------
-# Each takes the users, the request and, if its path has one, the id of a user. Each raises HTTPError for a bad request,
-# and what the users raise. ROUTES, below them, is their summary.
+# A handler takes the users, the environ and, if its path contains one, a user's id. It raises HTTPError for a bad
+# request, and what the methods of Users raise. See ROUTES.
 
 _PROFILE = ("first_name", "last_name", "email")
-_SORTS = {"id": False, "-id": True}  # the value of sort, and whether it is descending: JSON:API's spelling
+_SORTS = {"id": False, "-id": True}  # whether a value of `sort` is descending, in JSON:API's spelling
 
 
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 201 with the new id, and where the user is to be found."""
-    user_id = users.create(*read_fields(environ, (*_PROFILE, "password")))
+    """Return 201 with the new id and the user's location. The body has a password, or the hash of one to import."""
+    fields = read_object(environ)
+    if "password_hash" not in fields:
+        user_id = users.create(*check_fields(fields, (*_PROFILE, "password")))
+    elif "password" in fields:
+        raise bad_request("password_hash and password exclude each other: send one of them")
+    else:
+        user_id = users.insert(*check_fields(fields, (*_PROFILE, "password_hash")))
     return CREATED, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with an array of all users, or of those that the query's limit, after, email and sort ask for."""
+    """Return 200 with an array of all users, or of those selected by limit, after, sort, email and q."""
     query = read_query(environ)
-    limit = read_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
-    after = read_number(query["after"], "after", 0, MAX_ID) if "after" in query else None
+    try:
+        limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
+        after = parse_number(query["after"], "after", 0, MAX_ID) if "after" in query else None
+    except ValueError as error:
+        raise bad_request(str(error)) from None
     email = check_field("email", query["email"]) if "email" in query else None
-    sort = query.get("sort", "id")
-    if sort not in _SORTS:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "sort must be id or -id")
-    page, last = users.page(limit or BATCH, after, email, _SORTS[sort])
+    text = check_field("q", query["q"]) if query.get("q") else ""
+    if query.get("sort", "id") not in _SORTS:
+        raise bad_request("sort must be id or -id")
+    descending = _SORTS[query.get("sort", "id")]
+    page, last = users.page(limit or BATCH, after, descending, email, text)
     if last is None:
         return OK, b"[%b]\n" % page, (JSON,)
-    if limit is None and email is None:
-        return OK, _array(page, users.list(last, _SORTS[sort])), (JSON,)
-    following = {
-        "limit": limit or BATCH,
-        "after": last,
-        **{name: query[name] for name in query if name in ("email", "sort")},
-    }
-    link = f'<{_url(environ, "users/")}?{urlencode(following)}>; rel="next"'  # RFC 8288
+    if limit is None and email is None and not text:
+        return OK, _array(page, users.batches(last, descending)), (JSON,)
+    following = {"limit": str(limit or BATCH), "after": str(last)}
+    following.update({name: query[name] for name in ("sort", "email", "q") if name in query})
+    link = f'<{_url(environ, "users/")}?{urlencode(following, quote_via=quote)}>; rel="next"'  # RFC 8288
     return OK, b"[%b]\n" % page, (JSON, ("Link", link))
 
 
 def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Answer 200 with the user; 304 if the client has it already."""
-    user = users.get(user_id) + b"\n"
+    """Return 200 with the user, or 304 if the client has it."""
+    user = users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
     if ("HTTP_IF_NONE_MATCH" in environ or "HTTP_IF_MATCH" in environ) and check_preconditions(environ, user):
         return NOT_MODIFIED, None, (entity_tag,)
-    return OK, user, (JSON, entity_tag)
+    return OK, user + b"\n", (JSON, entity_tag)
 
 
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Answer 200 with the id. A password in the body is ignored, as any other field is."""
-    first_name, last_name, email = read_fields(environ, _PROFILE)
-    users.update(user_id, first_name, last_name, email, _precondition(environ))
+    """Return 200 with the id. Other fields in the body, such as a password, are ignored."""
+    values = check_fields(read_object(environ), _PROFILE)
+    users.update(user_id, dict(zip(_PROFILE, values)), make_guard(environ))
+    return OK, to_json({"id": user_id}), (JSON,)
+
+
+def patch_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
+    """Return 200 with the id. Fields that are not in the body keep their values (RFC 7396)."""
+    fields = read_object(environ, "application/merge-patch+json")
+    changes = {name: check_field(name, fields[name]) for name in _PROFILE if name in fields}
+    users.update(user_id, changes, make_guard(environ))
     return OK, to_json({"id": user_id}), (JSON,)
 
 
 def delete_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Answer 204, whether the user existed or not."""
-    users.delete(user_id, _precondition(environ))
+    """Return 204, whether the user existed or not."""
+    users.delete(user_id, make_guard(environ))
     return NO_CONTENT, None, ()
 
 
 def change_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Answer 204 if the old password was right."""
-    users.change_password(user_id, *read_fields(environ, ("old_password", "new_password")))
+    """Return 204 if the old password was right."""
+    old_password, new_password = check_fields(read_object(environ), ("old_password", "new_password"))
+    users.change_password(user_id, old_password, new_password, make_guard(environ))
+    return NO_CONTENT, None, ()
+
+
+def reset_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
+    """Return 204. The old password is not needed: this is for the holder of the token."""
+    [new_password] = check_fields(read_object(environ), ("new_password",))
+    users.reset_password(user_id, new_password, make_guard(environ))
     return NO_CONTENT, None, ()
 
 
 def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with the id of the user who has this email and this password; 403 alike for either that is wrong.
+    """Return 200 with the id of the user with this email and password, and the same 403 if either is wrong.
 
-    Not 401, which would ask for another token (RFC 9110 15.5.2).
+    Not 401, which asks for another token (RFC 9110 15.5.2).
     """
-    try:
-        user_id = users.verify(*read_fields(environ, ("email", "password")))
-    except WrongPassword:
-        raise HTTPError(HTTPStatus.FORBIDDEN, "Wrong email or password") from None
-    return OK, to_json({"id": user_id}), (JSON,)
+    return OK, to_json({"id": users.verify(*check_fields(read_object(environ), ("email", "password")))}), (JSON,)
 
 
 def get_health(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 if users can be read. Raise Unavailable, whatever is in the way."""
+    """Return 200 if users can be read. Raise Unavailable, whatever the reason."""
     try:
-        users.check()
+        users.ping()
     except Exception as error:
         raise Unavailable(str(error)) from error
     return OK, to_json({"status": "ok"}), (JSON,)
 
 
 def get_page(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with index.html, if it lies beside this module; the mount point without its slash leads to it."""
-    page, policy = _read_page()
+    """Return 200 with index.html, if it is installed. Redirect from the mount point without a slash."""
+    page, media_type = read_optional("index.html"), ("Content-Type", "text/html; charset=utf-8")
     if not environ.get("PATH_INFO"):
-        return PERMANENT_REDIRECT, None, (("Location", _url(environ)),)
-    return OK, page, (("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy))
+        return PERMANENT_REDIRECT, b"", (media_type, ("Location", _url(environ)))
+    return OK, page, (media_type,)
 
 
 def get_document(users: Users, environ: WSGIEnvironment) -> Response:
-    """Answer 200 with openapi.json, if it lies beside this module."""
-    return OK, _read_optional("openapi.json"), (JSON,)
-
-
-ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
-    (re.compile("/users/([0-9]{1,19})/?"), {"GET": get_user, "PUT": update_user, "DELETE": delete_user}),
-    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
-    (re.compile("/users/([0-9]{1,19})/password/?"), {"PUT": change_password}),
-    (re.compile("/users/verify/?"), {"POST": verify_user}),
-    (re.compile("/health/?"), {"GET": get_health}),
-    (re.compile("/?"), {"GET": get_page}),
-    (re.compile("/openapi[.]json"), {"GET": get_document}),
-)
-TOKENLESS = re.compile("/health/?|/?|/openapi[.]json")  # paths that ask for no token: nothing there is secret
-
-
-def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield an array that is sent as it is read, page by page."""
-    yield b"[" + page
-    for page in more:
-        if page:  # the last users may have gone since
-            yield b"," + page
-    yield b"]\n"
-
-
-def _precondition(environ: WSGIEnvironment) -> Check | None:
-    """Return what judges the request's preconditions by the user as it is when it is written."""
-    if "HTTP_IF_MATCH" not in environ and "HTTP_IF_NONE_MATCH" not in environ:
-        return None
-    return lambda user: check_preconditions(environ, None if user is None else user + b"\n")
-
-
-def _url(environ: WSGIEnvironment, rest: str = "") -> str:
-    """Return the path of what is served below the mount point."""
-    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-    return "/" + f"{mount_point}/{rest}".lstrip("/")  # two slashes would lead to another host
-
-
-def has_page() -> bool:
-    """Tell whether there is a page to open in a browser."""
-    with contextlib.suppress(HTTPError):
-        return bool(_read_page())
-    return False
+    """Return 200 with openapi.json, if it is installed."""
+    return OK, read_optional("openapi.json"), (JSON,)
 
 
 @functools.cache
-def _read_page() -> tuple[bytes, str]:
-    """Return the page and the policy that lets a browser run its script, and use its style, and no others."""
-    page = _read_optional("index.html")
-    return page, (
-        "default-src 'none'; "
-        f"script-src {_hash_elements(b'script', page)}; style-src {_hash_elements(b'style', page)}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _hash_elements(name: bytes, page: bytes) -> str:
-    """Return how the policy names what stands in a page's elements of this name (CSP Level 3, 2.3.1)."""
-    texts = re.findall(b"<%b>(.*?)</%b>" % (name, name), page, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
-    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-
-
-@functools.cache
-def _read_optional(name: str) -> bytes:
-    """Return a file that may lie beside this module. Raise HTTPError: 404."""
+def read_optional(name: str) -> bytes:
+    """Return a file that may be installed with this module. Raise HTTPError: 404."""
     try:
         return read_file(name)
     except OSError:
         raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE) from None
 
 
-# -- application -------------------------------------------------------------------------------------------------------
-# PEP 3333. Here alone errors become responses, and tracebacks are written.
+OK, CREATED, NO_CONTENT = "200 OK", "201 Created", "204 No Content"
+NOT_MODIFIED, PERMANENT_REDIRECT = "304 Not Modified", "308 Permanent Redirect"
+NOTHING_HERE = "Nothing is here: the users are at /users/"
 
-# Answers, which are never raised: an exception that is raised again and again keeps the frames of each time.
-ERRORS: dict[type[Exception], HTTPError] = {
-    EmailTaken: HTTPError(HTTPStatus.BAD_REQUEST, "This email is already registered"),
-    NoSuchUser: HTTPError(HTTPStatus.NOT_FOUND, "Invalid user id"),
-    WrongPassword: HTTPError(HTTPStatus.FORBIDDEN, "Wrong password"),
-    Busy: HTTPError(
-        HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again", ("Retry-After", str(RETRY_AFTER))
-    ),
-    Unavailable: HTTPError(
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        "The database cannot be used now: its operator finds the reason in the log",
-        ("Retry-After", str(RETRY_AFTER)),
-    ),
+_ID = "/users/([0-9]{1,19})"
+ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
+    (re.compile(f"{_ID}/?"), {"GET": get_user, "PUT": update_user, "PATCH": patch_user, "DELETE": delete_user}),
+    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
+    (re.compile(f"{_ID}/password/?"), {"PUT": change_password}),
+    (re.compile(f"{_ID}/password/reset/?"), {"PUT": reset_password}),
+    (re.compile("/users/verify/?"), {"POST": verify_user}),
+    (re.compile("/health/?"), {"GET": get_health}),
+    (re.compile("/?"), {"GET": get_page}),
+    (re.compile("/openapi[.]json"), {"GET": get_document}),
+)
+PUBLIC = re.compile("/health/?|/?|/openapi[.]json")  # paths that need no token
+
+
+def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a JSON array page by page."""
+    yield b"[" + page
+    for page in more:
+        if page:  # the rest may have been deleted meanwhile
+            yield b"," + page
+    yield b"]\n"
+
+
+def _url(environ: WSGIEnvironment, rest: str = "") -> str:
+    """Return an absolute path below SCRIPT_NAME."""
+    mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
+    return "/" + f"{mount_point}/{rest}".lstrip("/")  # two slashes would lead to another host
+
+
+# -- application -------------------------------------------------------------------------------------------------------
+# The WSGI callable (PEP 3333). The only place that calls start_response, turns errors into responses and logs them.
+
+ERRORS: dict[type[Exception], tuple[HTTPStatus, str]] = {
+    EmailTaken: (HTTPStatus.BAD_REQUEST, "This email is already registered"),
+    NoSuchUser: (HTTPStatus.NOT_FOUND, "Invalid user id"),
+    WrongPassword: (HTTPStatus.FORBIDDEN, "Wrong email or password"),
+    TooManyAttempts: (HTTPStatus.TOO_MANY_REQUESTS, "Too many wrong passwords: try again later"),
+    Busy: (HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again"),
+    Unavailable: (HTTPStatus.SERVICE_UNAVAILABLE, "The database is unavailable: see the server log"),
 }
-_INTERNAL_ERROR = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
-_VISIBLE = re.compile("[!-~]+")
+_INTERNAL_ERROR = (HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
+_TOKEN = re.compile(f"[!-~]{{{MIN_TOKEN},}}")
+_LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 
 
 class Application:
-    """The WSGI callable. Make it with create_app; any number of threads may call it."""
+    """The WSGI callable. Created by create_app; any number of threads may call it."""
 
-    def __init__(self, users: Users, token: str | None) -> None:
-        """Serve these users, to whoever sends the token, if there is one. Raise ValueError if it is too short."""
-        if token is not None and not (len(token) >= MIN_TOKEN and _VISIBLE.fullmatch(token)):
-            raise ValueError(f"the token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
-        self.users = users
-        self.token = None if token is None else token.encode()
+    def __init__(self, users: Users, token: str | None = None, anonymous: bool | None = None) -> None:
+        """Require one of the tokens with every request; without any, a loopback Host unless `anonymous`.
+
+        What is None is taken from PROFILER_TOKEN and PROFILER_ANONYMOUS. Raise ValueError if that is invalid.
+        """
+        token = os.environ.get("PROFILER_TOKEN") if token is None else token
+        if anonymous is None:
+            anonymous = parse_number(os.environ.get("PROFILER_ANONYMOUS") or "0", "PROFILER_ANONYMOUS", 0, 1) == 1
+        self.users, self.anonymous = users, anonymous
+        self.tokens = [] if token is None else [part.encode() for part in token.split()]
+        if token is not None and not (self.tokens and all(map(_TOKEN.fullmatch, token.split()))):
+            raise ValueError(f"a token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request. Nothing that goes wrong before the response starts is left to the server."""
+        """Answer a request. Exceptions become responses."""
         try:
             response = self._respond(environ)
         except Exception as error:
-            response = _error_response(error, environ)
-        return _send(response, environ, start_response)
+            response = error_response(error, environ)
+        status, headers, body = to_wsgi(response)
+        start_response(status, headers)
+        return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
 
     def close(self) -> None:
-        """Close the database. The next request opens it again."""
+        """Close the database. The next request reopens it."""
         self.users.close()
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
-        """Return the response of the path's handler for the method. Raise what it raises; HTTPError: 401, 404, 405."""
+        """Return the response of the route's handler. Raise what it raises; HTTPError: 401, 404, 405, 421."""
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
-        if self.token and not (
-            TOKENLESS.fullmatch(path) or _carries(self.token, environ.get("HTTP_AUTHORIZATION", ""))
-        ):
-            challenge = ("WWW-Authenticate", "Bearer")  # RFC 6750 3
-            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", challenge)
+        if self.tokens or not (self.anonymous or _is_loopback(environ.get("HTTP_HOST", "localhost"))):
+            self._check_access(environ, path)
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
                 if handler := handlers.get("GET" if method == "HEAD" else method):
-                    if pattern.groups:
-                        return handler(self.users, environ, _read_id(match[1]))
-                    return handler(self.users, environ)
-                allow = ("Allow", ", ".join(sorted([*handlers, "OPTIONS"] + ["HEAD"] * ("GET" in handlers))))
+                    if not pattern.groups:
+                        return handler(self.users, environ)
+                    user_id = int(match[1])
+                    if user_id > MAX_ID:
+                        raise NoSuchUser
+                    return handler(self.users, environ, user_id)
+                methods = [*handlers, "OPTIONS", "HEAD"] if "GET" in handlers else [*handlers, "OPTIONS"]
+                allow = ("Allow", ", ".join(sorted(methods)))
                 if method == "OPTIONS":
                     return NO_CONTENT, None, (allow,)
                 raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
-        if method == "OPTIONS" and path == "*":  # asks the server as a whole: RFC 9110 9.3.7
-            return NO_CONTENT, None, ()
         raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE)
+
+    def _check_access(self, environ: WSGIEnvironment, path: str) -> None:
+        """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is not loopback.
+
+        The latter protects a service without a token against DNS rebinding: a website whose name was pointed at
+        127.0.0.1 can make browsers send requests here, but with its own name as the Host.
+        """
+        if not self.tokens:
+            message = "Without a token, only the hosts localhost and 127.0.0.1 are served. Set PROFILER_TOKEN, "
+            raise HTTPError(HTTPStatus.MISDIRECTED_REQUEST, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        given = credentials.strip(" ").encode("utf-8", "surrogatepass")
+        matches = sum(hmac.compare_digest(given, token) for token in self.tokens)  # all, for a constant time
+        if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
+            challenge = ("WWW-Authenticate", "Bearer")
+            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", challenge)
 
 
 def create_app(
-    database: str | os.PathLike[str] | None = None, *, iterations: int = ITERATIONS, token: str | None = None
+    database: str | bytes | os.PathLike[str] | None = None,
+    *,
+    iterations: int | None = None,
+    token: str | None = None,
+    anonymous: bool | None = None,
 ) -> Application:
-    """Return a WSGI application on a database: a path or a URL, else PROFILER_DATABASE, else ./db.sqlite3.
+    """Return a WSGI application on an SQLite file, which is created by the first request.
 
-    The file is made at the first request. `iterations` are those of PBKDF2 for new passwords. With a token, else with
-    PROFILER_TOKEN, every request must carry it (RFC 6750); without, all are let in.
-    Raise ValueError for a database that cannot be, iterations outside 1..MAX_ITERATIONS, a token that is too short.
+    What is None is taken from PROFILER_DATABASE (default: ./db.sqlite3), PROFILER_ITERATIONS (of PBKDF2 for new
+    passwords, default: 600,000), PROFILER_TOKEN and PROFILER_ANONYMOUS. Requests must carry the token, or one of
+    several separated by white space (RFC 6750). Without one, only requests for a loopback Host are served, unless
+    `anonymous` is true: use it where the application around this one checks who asks.
+    Raise ValueError for an invalid setting; Unavailable.
     """
-    if type(iterations) is not int or not 1 <= iterations <= MAX_ITERATIONS:
-        raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
+    return Application(open_users(Users, database, iterations), token, anonymous)
+
+
+def open_users(storage: type[Users], database: str | bytes | os.PathLike[str] | None, iterations: int | None) -> Users:
+    """Return the users in a database, with create_app's defaults. Raise ValueError, Unavailable."""
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or DATABASE
-    if token is None:
-        token = os.environ.get("PROFILER_TOKEN")
-    return Application(open_users(os.fspath(database), iterations), token)
+    if iterations is None:
+        text = os.environ.get("PROFILER_ITERATIONS") or str(ITERATIONS)
+        iterations = parse_number(text, "PROFILER_ITERATIONS", 1, MAX_ITERATIONS)
+    return storage(os.fsdecode(database), iterations)
 
 
-_default: dict[str, Application] = {}
+def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
+    """Return a WSGI callable that creates its application at the first request, once in each process."""
+    created: dict[str, Application] = {}
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer as create() does. For an invalid setting, raise ValueError: servers answer 500 and log it."""
+        # setdefault is atomic: concurrent first requests all use the same application.
+        return (created.get("") or created.setdefault("", create()))(environ, start_response)
+
+    return application
 
 
-def _default_app() -> Application:
-    """Return the one default application of this process. setdefault is atomic: concurrent callers get the same one."""
-    return _default.get("app") or _default.setdefault("app", create_app())
+application = app = create_on_first_use(create_app)
 
 
-def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer as create_app() does, which is called at the first request: to import this module reads nothing."""
-    try:
-        default_app = _default_app()
-    except Exception as error:  # a setting that cannot be: let nobody in, and tell the operator
-        return _send(_error_response(error, environ), environ, start_response)
-    return default_app(environ, start_response)
+def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
+    """Return the response for an exception. Log a bug with its traceback, and what else has a message in one line."""
+    if isinstance(error, HTTPError):
+        return error.response()
+    status, message = ERRORS.get(type(error), _INTERNAL_ERROR)
+    text = f"profiler: {status.value}: {error}\n" if str(error) else ""
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        from traceback import format_exception  # slow to import, only needed here
+
+        text = "".join(format_exception(type(error), error, error.__traceback__))
+    with contextlib.suppress(OSError, ValueError):  # the log is full or closed
+        if text:
+            environ["wsgi.errors"].write(text)
+    retry_after = getattr(error, "retry_after", None)
+    return HTTPError(status, message, *([("Retry-After", str(retry_after))] if retry_after else [])).response()
 
 
-app = application
-
-
-def _send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Start the response and return its body."""
-    status, headers, body = complete(response)
-    start_response(status, headers)
-    return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
-
-
-def _read_id(digits: str) -> int:
-    """Return the id that a path gives. Raise NoSuchUser for one that nobody can have."""
-    user_id = int(digits)
-    if user_id > MAX_ID:
-        raise NoSuchUser
-    return user_id
-
-
-def _carries(token: bytes, authorization: str) -> bool:
-    """Tell whether an Authorization header carries the token (RFC 6750 2.1)."""
-    scheme, _, credentials = authorization.partition(" ")
-    given = credentials.strip(" ").encode("utf-8", "surrogatepass")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given, token)
-
-
-def _error_response(error: Exception, environ: WSGIEnvironment) -> Response:
-    """Return what to tell the client; write to wsgi.errors what to tell the operator."""
-    answer = error if isinstance(error, HTTPError) else ERRORS.get(type(error), _INTERNAL_ERROR)
-    with contextlib.suppress(OSError, ValueError):  # a log that cannot be written to, or is closed
-        if answer is _INTERNAL_ERROR:
-            traceback.print_exception(type(error), error, error.__traceback__, file=environ["wsgi.errors"])
-        elif answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            environ["wsgi.errors"].write(f"profiler: answered 503: {error}\n")
-    return answer.response()
+@functools.lru_cache(maxsize=64)
+def _is_loopback(host: str) -> bool:
+    return _LOOPBACK_HOST.fullmatch(host) is not None
 
 
 # -- server: parsing ---------------------------------------------------------------------------------------------------
-# From bytes to an environ, without a socket. What a proxy in front might read otherwise than this server is refused
-# (RFC 9112 11.2): http.server's own parser, which lets much of it through, is not used.
+# From bytes to an environ, without a socket. Requests that a proxy could parse differently are rejected, because they
+# allow request smuggling (RFC 9112 11.2). http.server is too lenient for that.
 
-_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)" % _NAME)  # RFC 9112 3
+MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
+MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
+MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
+
+_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
+_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)")  # RFC 9112 3
+# The beginning of one; RFC 9112 2.2 allows an empty line before it.
+_REQUEST_START = re.compile(rf"\r?\n?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
-_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
-HEAD_END = re.compile(rb"\n\r?\n")  # a line's end without CR is found here, so that it can be refused at once
+_FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
+# Also matches a bare LF, which is then rejected at once.
+HEAD_END = re.compile(rb"\n\r?\n")
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
 _ABSOLUTE = re.compile(rf"https?://(?![/?#]|$)({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
-_LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 
 
 def parse_head(head: bytes) -> WSGIEnvironment:
-    """Return what the head of a request says, under PEP 3333's names. `head` ends with its empty line.
+    """Return the environ for a request head, which includes its empty line.
 
-    Raise HTTPError for what is not plainly HTTP/1: 400, 411, 414, 417, 431, 501, 505.
+    Raise HTTPError for what is not plain HTTP/1: 400, 411, 414, 417, 431, 501, 505.
     """
     check_head_size(head)
-    lines = head.removeprefix(b"\r\n").removesuffix(b"\r\n\r\n").split(b"\r\n")  # RFC 9112 2.2: one may go before
+    lines = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n").split("\r\n")
     environ, authority = _parse_request_line(lines[0])
-    if len(lines) > MAX_FIELDS + 1:
-        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_FIELDS} headers")
+    if len(lines) > MAX_HEADER_FIELDS + 1:
+        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_HEADER_FIELDS} headers")
     for line in lines[1:]:
         _add_field(environ, line)
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
     _check_framing(environ)
-    if authority:  # of an absolute target: it goes before the Host (RFC 9112 3.2.2)
+    if authority:  # absolute-form targets override Host (RFC 9112 3.2.2)
         environ["HTTP_HOST"] = authority
     return environ
 
 
+def check_incomplete_head(head: bytes) -> None:
+    """Raise HTTPError if the head received so far cannot become a valid one: 400, 414, 431, 505.
+
+    This answers TLS and other protocols at once.
+    """
+    check_head_size(head)
+    text = head.decode("latin-1")
+    line, newline, _ = text.removeprefix("\r\n").partition("\n")
+    if newline:
+        _parse_request_line(line.removesuffix("\r"))
+    elif not _REQUEST_START.fullmatch(text):
+        raise bad_request("Speak plain HTTP/1.1, not TLS: this port has no https")
+
+
 def check_head_size(head: bytes) -> None:
-    """Return if a head, or what there is of it, may be that long. Raise HTTPError: 414, 431."""
+    """Raise HTTPError if the head received so far is too long: 414, 431."""
     if len(head) > MAX_REQUEST_LINE and b"\n" not in head.removeprefix(b"\r\n")[:MAX_REQUEST_LINE]:
         raise HTTPError(HTTPStatus.REQUEST_URI_TOO_LONG, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     if len(head) > MAX_HEAD:
         raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send a head of at most {MAX_HEAD} bytes")
 
 
-def check_local_host(environ: WSGIEnvironment) -> None:
-    """Return if the request is for a name of this machine's loopback. Raise HTTPError: 421.
-
-    A web page whose own name was made to lead to 127.0.0.1 can send requests here, but under its own name alone.
-    """
-    host = environ.get("HTTP_HOST")
-    if host is not None and not _LOCAL_HOST.fullmatch(host):
-        raise HTTPError(
-            HTTPStatus.MISDIRECTED_REQUEST,  # RFC 9110 15.5.20
-            "Send the Host localhost or 127.0.0.1; for others the server needs a token, or --anonymous",
-        )
-
-
 def wants_close(environ: WSGIEnvironment) -> bool:
-    """Tell whether the request is its connection's last (RFC 9112 9.3): HTTP/1.0's always is, here."""
+    """Return True if the client asks to close the connection (RFC 9112 9.3); always True for HTTP/1.0."""
     if environ["SERVER_PROTOCOL"] != "HTTP/1.1":
         return True
-    options = environ.get("HTTP_CONNECTION", "").lower().split(",")
-    return "close" in [option.strip(" \t") for option in options]
+    if "HTTP_CONNECTION" not in environ:
+        return False
+    return "close" in [option.strip(" \t") for option in environ["HTTP_CONNECTION"].lower().split(",")]
 
 
 def format_head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -1397,19 +1439,19 @@ def format_head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
-def _parse_request_line(line: bytes) -> tuple[WSGIEnvironment, str]:
-    """Return what the first line says, and the authority of a target that has one. Raise HTTPError: 400, 505."""
+def _parse_request_line(line: str) -> tuple[WSGIEnvironment, str]:
+    """Return the environ of the request line, and the authority of an absolute target. Raise HTTPError: 400, 505."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "The request line must be `METHOD /path HTTP/1.1`")
-    method, target, version = (part.decode("latin-1") for part in match.groups())
+        raise bad_request("The request line must be `METHOD /path HTTP/1.1`")
+    method, target, version = match.groups()
     if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
-        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Speak HTTP/1.1 or HTTP/1.0")
+        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Use HTTP/1.1 or HTTP/1.0")
     authority = ""
     if target[0] != "/" and target != "*":
         absolute = _ABSOLUTE.fullmatch(target)
         if not absolute:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "The request target must be a path")
+            raise bad_request("The request target must be a path")
         authority, target = absolute.groups()
     path, _, query = target.partition("?")
     environ = {
@@ -1421,37 +1463,37 @@ def _parse_request_line(line: bytes) -> tuple[WSGIEnvironment, str]:
     return environ, authority
 
 
-def _add_field(environ: WSGIEnvironment, line: bytes) -> None:
+def _add_field(environ: WSGIEnvironment, line: str) -> None:
     """Add a header to an environ. Raise HTTPError: 400."""
     match = _FIELD_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "A header must be one line, `Name: value`, without control characters")
-    name, value = match[1].decode().upper(), match[2].decode("latin-1").strip(" \t")
-    if "_" in name:  # in an environ it would pass for the name with a hyphen
+        raise bad_request("A header must be one line, `Name: value`, without control characters")
+    name, value = match[1].upper(), match[2].strip(" \t")
+    if "_" in name:  # X_Y and X-Y are the same key in an environ
         return
     key = "HTTP_" + name.replace("-", "_")
     if key == "HTTP_CONTENT_LENGTH":
         parse_length(value)
     if key in environ:
         if key in ("HTTP_HOST", "HTTP_CONTENT_LENGTH"):  # RFC 9112 3.2, 6.3; even if both are equal
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"Send one {name.title()}")
+            raise bad_request(f"Send one {name.title()}")
         value = f"{environ[key]}, {value}"  # RFC 9110 5.3
     environ[key] = value
 
 
 def _check_framing(environ: WSGIEnvironment) -> None:
-    """Refuse a request about whose addressee or end there may be two opinions. Raise HTTPError: 400, 411, 417, 501."""
+    """Reject an ambiguous Host and ambiguous framing of the body. Raise HTTPError: 400, 411, 417, 501."""
     http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST.fullmatch(environ.get("HTTP_HOST", "")):  # RFC 9112 3.2
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "Send one Host, such as localhost:5000")
+        raise bad_request("Send one Host, such as localhost:5000")
     if http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
-        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only Expect that can be met is 100-continue")
+        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only supported Expect is 100-continue")
     if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
         if environ["CONTENT_LENGTH"]:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "Send either a Content-Length or a Transfer-Encoding")
+            raise bad_request("Send either a Content-Length or a Transfer-Encoding")
         if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
             raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "This server knows no Transfer-Encoding: send a Content-Length")
+        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send a Content-Length")
 
 
 @functools.lru_cache(maxsize=1)
@@ -1460,347 +1502,400 @@ def _http_date(second: int) -> str:
 
 
 # -- server: connections -----------------------------------------------------------------------------------------------
-# wsgiref's server and handler, made fit to be left running: HTTP/1.1, a thread for each connection, a deadline for each
-# wait. Two things are replaced: http.server's reading of requests, by the parser above, and wsgiref's writing of
-# responses, which knows HTTP/1.0 alone. It serves the Application, which takes no body past MAX_BODY.
+# Theory of operation: one thread does all network I/O with a selector. Each connection is a generator that reads like
+# blocking code. It yields what it waits for: an event of its socket, or a function to run in a worker thread. The
+# server resumes it with the result, or throws socket.timeout into it when its deadline has passed. Complete responses
+# to GET are made in the I/O thread: they take microseconds, and threads that compete for the GIL are slower. What may
+# wait for a lock, a core or a disk runs in workers, which are daemon threads: writes, hashes, reads that raise
+# WouldBlock, each part of a streamed response, and writing the log. A worker never touches a connection or the
+# selector: it queues its result and wakes the I/O thread. The server never forks.
 
-_BODILESS = (204, 304)  # RFC 9110 6.4.1
+# Seconds unless stated otherwise.
+IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
+HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
+BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
+SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
+LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
+DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
+LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
+ACCEPT_PAUSE = 0.01  # when a connection cannot be accepted
+CHECK_INTERVAL = 0.1  # between checks of the deadlines
+WORKERS = 64  # threads at most: most of them wait for a core or a lock
+MAX_CONNECTIONS = 20_000  # if the limit of open files allows
+RESERVED_FILES = 32  # file descriptors for the database, the log and the like
+RECEIVE_SIZE = 64 * 1024  # bytes per read
+MAX_PENDING = 10_000  # log entries that wait to be written; then new ones are dropped
+MAX_LOGGED = 512  # bytes of a request line in the log
+
+_CHUNKED = ("Transfer-Encoding", "chunked")
+_READ, _WRITE, _NOTHING = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
 
 
-class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """An HTTP server for an Application, in one process."""
+class Server(WSGIServer):
+    """An HTTP/1.1 server for an Application, in one process."""
 
-    application: Application  # set_app keeps it here
-    daemon_threads = True
-    request_queue_size = MAX_CONNECTIONS
-    timeout = POLL_INTERVAL
+    application: Application  # set by set_app
+    request_queue_size = 1024  # connections that wait to be accepted; the system may allow fewer
 
-    def __init__(
-        self, host: str, port: int, app: Application, access_log: bool = True, check_host: bool = False
-    ) -> None:
-        """Listen on an address, an IPv4 or IPv6 one. Raise OSError if that cannot be.
-
-        With `check_host`, requests under another name than this machine's loopback has are refused.
-        """
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.access_log = access_log
-        self.check_host = check_host
-        self.max_connections, self.max_refusals = MAX_CONNECTIONS, MAX_REFUSALS
-        self.log = Log()
-        self.stopping = False
-        self.turn = threading.Lock()  # see RequestHandler
-        self.connections: dict[socket.socket, bool] = {}  # each with whether a request is being answered
-        self._closed = threading.Condition()
-        super().__init__((host, port), RequestHandler)
-        self.socket.settimeout(POLL_INTERVAL)  # no accept may wait for a client who has left meanwhile
+    def __init__(self, family: int, address: Any, app: Application, access_log: bool = True) -> None:
+        """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
+        self.address_family, self.access_log, self.log = family, access_log, Log()
+        super().__init__(address, None)  # type: ignore[arg-type]  # connections need no handler class
         self.set_app(app)
+        self.stopping = False
+        self.connections: dict[Connection, None] = {}
+        self.idle: dict[Connection, None] = {}  # those between requests, idle longest first
+        self.max_connections = max(1, min(MAX_CONNECTIONS, _raise_file_limit() - RESERVED_FILES))
+        self.selector = selectors.DefaultSelector()
+        self._workers = self._busy = 0
+        self._next_check = 0.0
+        # A job is a function, and the Connection or Log to resume with its result.
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection | Log] | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[Connection | Log, Exception | None, object]] = queue.SimpleQueue()
+        self._woken, self._waker = socket.socketpair()
+        for end in (self.socket, self._woken, self._waker):
+            end.setblocking(False)
+        self.selector.register(self.socket, _READ, self._accept)
+        self.selector.register(self._woken, _READ, self._run_finished)
 
     def server_bind(self) -> None:
-        """Bind the socket, without asking a name service what this host is called."""
+        """Bind the socket without a reverse DNS lookup."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
-        self.base_environ.update(  # PEP 3333
-            {
-                "wsgi.version": (1, 0),
-                "wsgi.url_scheme": "http",
-                "wsgi.multithread": True,
-                "wsgi.multiprocess": False,
-                "wsgi.run_once": False,
-            }
-        )
+        self.base_environ.update({"wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": self.log})
+        self.base_environ.update({"wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False})
 
     def stop(self, *_: object) -> None:
-        """Tell the server to stop: a signal's handler."""
+        """Make serve() return soon. Can be used as a signal handler."""
         self.stopping = True
+        self._wake()
 
     def serve(self) -> None:
-        """Serve until stop is called; then answer what is in flight, within DRAIN_TIMEOUT, and close."""
+        """Serve until stop() is called. Then give requests in flight DRAIN_TIMEOUT to finish, and close everything."""
+        this_thread.may_wait = False
         while not self.stopping:
-            self.handle_request()
+            self._serve_round()
+        self.selector.unregister(self.socket)
         self.socket.close()
-        for request, answering in list(self.connections.items()):
-            if not answering:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RD)  # its thread reads the end, behind whatever had arrived
-        with self._closed:
-            self._closed.wait_for(lambda: not self.connections, DRAIN_TIMEOUT)
+        for connection in list(self.idle):
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_RD)  # requests that have arrived are answered
+        self._serve_until(lambda: not self.connections, DRAIN_TIMEOUT)
+        for connection in list(self.connections):
+            connection.close()
+        self._serve_until(lambda: not (self.log.is_writing or self.log.entries.qsize()), LOG_TIMEOUT)
+        this_thread.may_wait = True
+        for resource in (self.selector, self._woken, self._waker):
+            resource.close()
+        for _ in range(self._workers):
+            self._jobs.put(None)
 
-    def get_request(self) -> Any:
-        """Accept a connection. Raise OSError: after a pause if the system is out of means, such as files to open."""
+    def submit(self, function: Callable[[], object], owner: Connection | Log) -> None:
+        """Run a function in a worker, and then resume its owner in this thread."""
+        self._busy += 1
+        if self._workers < min(self._busy, WORKERS):
+            with contextlib.suppress(RuntimeError):  # the system has no more threads
+                threading.Thread(target=self._work, daemon=True).start()
+                self._workers += 1
+        if self._workers:
+            self._jobs.put((function, owner))
+        else:
+            this_thread.may_wait = True
+            self._run(function, owner)
+            this_thread.may_wait = False
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            self._run(*job)
+
+    def _run(self, function: Callable[[], object], owner: Connection | Log) -> None:
+        this_thread.is_abandoned = owner.is_abandoned
         try:
-            return super().get_request()
-        except socket.timeout:
-            raise
-        except OSError:
-            time.sleep(POLL_INTERVAL)
-            raise
+            self._finished.put((owner, None, function()))
+        except OSError as error:  # which must not be taken for an error of the connection
+            self._finished.put((owner, Unavailable(str(error)), None))
+        except Exception as error:
+            self._finished.put((owner, error, None))
+        self._wake()
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take a connection too many, too, so that it can be told; but not many of those."""
-        return len(self.connections) < self.max_connections + self.max_refusals
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it will wake anyway, or is closed
+            self._waker.send(b"\0")
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection its thread, or close it where the system has no more threads."""
-        self.connections[request] = False
+    def _run_finished(self) -> None:
+        self._woken.recv(RECEIVE_SIZE)
+        while not self._finished.empty():
+            self._busy -= 1
+            owner, error, result = self._finished.get()
+            owner.resume(error, result)
+
+    def _serve_until(self, is_done: Callable[[], bool], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not is_done() and time.monotonic() < deadline:
+            self._serve_round()
+
+    def _serve_round(self) -> None:
+        """Wait for events and resume the connections that they are for, or whose deadline has passed."""
+        for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else None):
+            key.data()
+        now = time.monotonic()
+        if now > self._next_check:
+            self._next_check = now + CHECK_INTERVAL
+            for connection in [connection for connection in self.connections if connection.deadline < now]:
+                connection.resume(socket.timeout())
+        if self.log.entries.qsize() and not self.log.is_writing:
+            self.log.is_writing = True
+            self.submit(self.log.write_entries, self.log)
+
+    def _accept(self) -> None:
+        """Accept a connection; at the limit, close the one that has been idle longest."""
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:
-            self.shutdown_request(request)
+            connection, address = self.socket.accept()
+        except OSError:  # no file descriptor is left, or the client has gone
+            if not self._close_idle():
+                time.sleep(ACCEPT_PAUSE)
+            return
+        if len(self.connections) >= self.max_connections and not self._close_idle():
+            connection.close()
+        else:
+            Connection(self, connection, address[0])
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection and forget it."""
-        super().shutdown_request(request)
-        with self._closed:
-            self.connections.pop(request, None)
-            self._closed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Write the traceback of what nobody expected to the log."""
-        self.log.write(traceback.format_exc())
+    def _close_idle(self) -> bool:
+        """Close the connection that has been idle longest. Return whether there was one."""
+        connection = next(iter(self.idle), None)
+        if connection:
+            connection.close()
+        return connection is not None
 
 
-class RequestHandler(WSGIRequestHandler):
-    """One connection: its requests, one after another.
+class Connection:
+    """One connection and its requests. Generators yield an event to wait for, or a function to run in a worker."""
 
-    Threads take turns: one at a time receives what has come, answers a read and sends what the socket takes at once,
-    because threads that fight for the GIL at each of these steps answer fewer requests. The turn is left before any
-    wait for a client and before any write or hash, and whoever does not get it within TURN_TIMEOUT goes on without it.
-    """
+    def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
+        """Serve a connection that was just accepted."""
+        self.server, self.socket, self.client = server, connection, client
+        self.received = self.head = b""  # read but not used yet; the head of the current request
+        self.is_last = False  # whether the current request is the last one
+        self.deadline = float("inf")
+        self._events = _NOTHING
+        self._steps = self._serve()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        server.connections[self] = None
+        self.resume()
 
-    server: Server
-
-    def setup(self) -> None:
-        """Prepare to send without delay."""
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection.setblocking(False)  # _wait does all the waiting
-        self.poll = select.poll() if hasattr(select, "poll") else None  # Windows has none
-        self.received = b""  # and not yet used
-        self.close_connection = False
-        self.linger = False
-        self.has_turn = False
-        self.head = b""  # of the request that is being answered, as far as it has come
-        self.started: tuple[str, list[tuple[str, str]]] = ("", [])
-
-    def handle(self) -> None:
-        """Answer requests until either side wants no more."""
-        with contextlib.suppress(OSError):  # the client has left, or stalls: there is nobody to tell
-            if len(self.server.connections) > self.server.max_connections:
-                self._refuse(ERRORS[Busy])
-            while not self.close_connection:
-                self.handle_one_request()
-            if self.linger or self.received:
-                self._linger()
-
-    def finish(self) -> None:
-        """Leave the turn, whatever happened; the server closes the connection."""
-        self._leave_turn()
-
-    def handle_one_request(self) -> None:
-        """Receive a request and answer it. Raise OSError if the client is not there."""
+    def resume(self, error: Exception | None = None, result: object = None) -> None:
+        """Continue until the next wait, with the result of the last one."""
         try:
-            head = self._receive_head()
-            if not head:
-                self.close_connection = True
+            wanted = self._steps.throw(error) if error else self._steps.send(result)
+        except (StopIteration, OSError):
+            self.close()
+        except Exception as bug:
+            error_response(bug, self.server.base_environ)  # logs it
+            self.close()
+        else:
+            is_event = isinstance(wanted, int)
+            self._wait_for(wanted if is_event else _NOTHING)
+            if not is_event:
+                self.deadline = float("inf")
+                self.server.submit(wanted, self)
+
+    def close(self) -> None:
+        """Close the connection and forget it."""
+        self._steps.close()
+        self._wait_for(_NOTHING)
+        self.socket.close()
+        self.server.connections.pop(self, None)
+        self.server.idle.pop(self, None)
+
+    def _wait_for(self, events: int) -> None:
+        if events == self._events:
+            return
+        if self._events:
+            self.server.selector.unregister(self.socket)
+        if events:
+            self.server.selector.register(self.socket, events, self.resume)
+        self._events = events
+
+    def _serve(self) -> Steps[None]:
+        """Answer requests until either side closes the connection. Raise OSError."""
+        while not self.is_last:
+            if self.received:  # pipelined: other connections come first
+                self.deadline = time.monotonic() + SEND_TIMEOUT
+                yield _WRITE
+            elif self.server.stopping:
                 return
-            self.server.connections[self.connection] = True
-            environ = {**self.server.base_environ, **parse_head(head), "REMOTE_ADDR": self.client_address[0]}
-            if self.server.check_host:
-                check_local_host(environ)
-            environ["wsgi.input"] = io.BytesIO(self._receive_body(environ))
-            environ["wsgi.errors"] = self.server.log
-        except socket.timeout:
-            if self.head:
-                self._refuse(HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive"))
-            self.close_connection = True
-        except HTTPError as error:
-            self._refuse(error)
-        else:
-            self._answer(environ)
-            self.server.connections[self.connection] = False
-            if self.server.stopping:  # perhaps too late for the response to say that it is the last
-                self.close_connection = True
+            else:
+                self.server.idle[self] = None
+                self.deadline = time.monotonic() + IDLE_TIMEOUT
+                self.received = yield from self._receive()
+                del self.server.idle[self]
+                if not self.received:
+                    return
+            try:
+                environ = yield from self._receive_request()
+                status, headers, body = yield from self._run_application(environ)
+            except (HTTPError, socket.timeout) as error:
+                if not isinstance(error, HTTPError):
+                    error = HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive")
+                self.is_last = True
+                status, headers, body = to_wsgi(error.response())
+                body = (b"",) if self.head.startswith(b"HEAD ") else body
+            yield from self._respond(status, headers, body)
+        yield from self._linger()
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Write a line in Common Log Format."""
-        if self.server.access_log:
-            request = self._request_line().encode("unicode_escape").decode().replace('"', '\\"')
-            moment = _log_time(int(time.time()))
-            self.server.log.write(f'{self.client_address[0]} - - [{moment}] "{request}" {code} {size}\n')
-
-    def _receive_head(self) -> bytes:
-        """Return the next head, or nothing if the client ends before it begins one. Raise HTTPError; socket.timeout."""
-        deadline = time.monotonic() + (HEAD_TIMEOUT if self.received else IDLE_TIMEOUT)
+    def _receive_request(self) -> Steps[WSGIEnvironment]:
+        """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
+        self.deadline = time.monotonic() + HEAD_TIMEOUT
         searched = 0
-        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):  # it may begin two bytes earlier
+        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):  # the end may straddle two reads
             self.head = self.received
-            check_head_size(self.received)
+            check_incomplete_head(self.received)
             searched = len(self.received)
-            more = self._receive(deadline)
-            if not (more or self.received):
-                return b""
-            if not more:
-                raise HTTPError(HTTPStatus.BAD_REQUEST, "The head ends before its empty line")
-            if not self.received:
-                deadline = time.monotonic() + HEAD_TIMEOUT
-            self.received += more
+            yield from self._receive_more("The head ends before its empty line")
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]
-        return self.head
-
-    def _request_line(self) -> str:
-        """Return the first line of the request, or the beginning of a long one, for the log."""
-        return self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED].decode("latin-1")
-
-    def _receive_body(self, environ: WSGIEnvironment) -> bytes:
-        """Return the body, or none of one that the application refuses. Raise HTTPError: 400; socket.timeout."""
-        length = parse_length(environ["CONTENT_LENGTH"] or "0")
-        if length > MAX_BODY:
-            self.close_connection = self.linger = True
-            return b""
-        if length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
-        deadline = time.monotonic() + BODY_TIMEOUT
+        environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
+        length = int(environ["CONTENT_LENGTH"] or 0)
+        if length > MAX_BODY:  # the application answers 413
+            self.is_last, length = True, 0
+        elif length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
+        self.deadline = time.monotonic() + BODY_TIMEOUT
         while len(self.received) < length:
-            more = self._receive(deadline)
-            if not more:
-                raise HTTPError(HTTPStatus.BAD_REQUEST, "The body is shorter than its Content-Length")
-            self.received += more
-        body, self.received = self.received[:length], self.received[length:]
-        return body
+            yield from self._receive_more("The body is shorter than its Content-Length")
+        environ["wsgi.input"] = io.BytesIO(self.received[:length])
+        self.received = self.received[length:]
+        return environ
 
-    def _receive(self, deadline: float) -> bytes:
-        """Return some of what the client sends, or nothing at its end. Raise socket.timeout after the deadline."""
-        self._wait(deadline - time.monotonic())
-        self._take_turn()
-        return self.connection.recv(RECEIVE_SIZE)
+    def _receive_more(self, problem: str) -> Steps[None]:
+        """Receive some bytes. Raise HTTPError if there are no more, OSError."""
+        more = yield from self._receive()
+        if not more:
+            raise bad_request(problem)
+        self.received += more
 
-    def _send(self, message: bytes) -> None:
-        """Send it all, however slowly the client reads, as long as it does read. Raise OSError if not."""
-        while message := self._send_at_once(message):
-            self._wait(SEND_TIMEOUT, to_write=True)
+    def _receive(self) -> Steps[bytes]:
+        """Return some bytes, or b"" at the end of the stream. Raise OSError, among them socket.timeout."""
+        yield _READ
+        return self.socket.recv(RECEIVE_SIZE)
 
-    def _send_at_once(self, message: bytes) -> bytes:
-        """Send what the socket takes without waiting; return the rest."""
+    def _send(self, message: bytes) -> Steps[None]:
+        """Send a message. Raise OSError, among them socket.timeout if the client stops reading."""
+        while True:
+            try:
+                message = message[self.socket.send(message) :]
+            except BlockingIOError:
+                self.deadline = time.monotonic() + SEND_TIMEOUT
+                yield _WRITE
+            else:
+                if not message:
+                    return
+
+    def is_abandoned(self) -> bool:
+        """Return True if the client has closed the connection, or its sending side."""
         try:
-            return message[self.connection.send(message) :]
+            return not self.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            return message
-
-    def _wait(self, seconds: float, to_write: bool = False) -> None:
-        """Wait until the socket can be read from, or written to. Raise socket.timeout.
-
-        The socket's own timeout would have to be set for each wait, which lets go of the GIL once more.
-        """
-        self._leave_turn()
-        seconds = max(0.0, seconds)
-        if self.poll:
-            self.poll.register(self.connection, select.POLLOUT if to_write else select.POLLIN)
-            is_ready = bool(self.poll.poll(seconds * 1000))
-        else:
-            is_ready = any(
-                select.select(*(([], [self.connection]) if to_write else ([self.connection], [])), [], seconds)
-            )
-        if not is_ready:
-            raise socket.timeout("the deadline has passed")
-
-    def _take_turn(self) -> None:
-        self.has_turn = self.has_turn or self.server.turn.acquire(timeout=TURN_TIMEOUT)
-
-    def _leave_turn(self) -> None:
-        if self.has_turn:
-            self.has_turn = False
-            self.server.turn.release()
+            return False
+        except OSError:
+            return True
 
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
-        """Take note of how the response begins (PEP 3333); it is sent with the first part of the body."""
-        self.started = status, headers
-        return self._send
+        self._started = status, headers
 
-    def _answer(self, environ: WSGIEnvironment) -> None:
-        """Send what the application answers. If its body fails midway, the response has no proper end."""
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            self._take_turn()
-        else:
-            self._leave_turn()
+    def _run_application(self, environ: WSGIEnvironment) -> Steps[Any]:
+        """Return the status, the headers and the body of the application's response."""
+        run = functools.partial(self.server.application, environ, self._start_response)
         try:
-            parts = iter(self.server.application(environ, self._start_response))
-            part = next(parts, b"")
-            status, headers = self.started
-            code = int(status[:3])
-            chunked = self._settle(code, headers, environ)
-            rest = self._send_at_once(format_head(status, headers) + _format_part(part, chunked))
+            body = run() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else (yield run)
+        except WouldBlock:
+            body = yield run
+        self.is_last = self.is_last or self.server.stopping or wants_close(environ)
+        status, headers = self._started
+        if not isinstance(body, tuple) and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            headers.append(_CHUNKED)
+        return status, headers, body
+
+    def _respond(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps[None]:
+        """Send a response. If it fails midway, reset the connection, so that it does not look complete."""
+        headers.append(("Connection", "close") if self.is_last else ("Keep-Alive", f"timeout={IDLE_TIMEOUT}"))
+        head, size, is_complete = format_head(status, headers), 0, False
+        try:
+            if isinstance(body, tuple):
+                size = len(body[0])
+                yield from self._send(head + body[0])
+            else:
+                chunked, parts = _CHUNKED in headers, iter(body)
+                while (part := (yield functools.partial(next, parts, None))) is not None:
+                    yield from self._send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))
+                    head, size = b"", size + len(part)
+                if chunked:
+                    yield from self._send(b"0\r\n\r\n")  # RFC 9112 7.1
+            is_complete = True
         finally:
-            self._leave_turn()
-        size = len(part)
-        try:
-            if rest:
-                self._send(rest)
-            for part in parts:
-                self._send(_format_part(part, chunked))
-                size += len(part)
-            if chunked:
-                self._send(b"0\r\n\r\n")  # RFC 9112 7.1
-        except OSError:
-            self.log_request(code, size)
-            raise
-        except Exception as error:
-            self.close_connection = True
-            self.server.log.write(
-                f"profiler: {self._request_line()}: the answer broke off after {size} bytes: {error!r}\n"
-            )
-        else:
-            self.log_request(code, size)
+            if not is_complete:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+            self._log_request(status, size)
 
-    def _settle(self, code: int, headers: list[tuple[str, str]], environ: WSGIEnvironment) -> bool:
-        """Add the connection's own headers. Tell whether the body is chunked, so that its end can be told."""
-        bodiless = code in _BODILESS or environ["REQUEST_METHOD"] == "HEAD"
-        chunked = not bodiless and "Content-Length" not in dict(headers) and environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-        if chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
-        if self.close_connection or self.server.stopping or wants_close(environ):
-            self.close_connection = True
-            headers.append(("Connection", "close"))
-        return chunked
+    def _linger(self) -> Steps[None]:
+        """Read on: closing with unread input resets the connection and may lose the response (RFC 9112 9.6)."""
+        self.socket.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + BODY_TIMEOUT
+        more = b"?"
+        while more:
+            self.deadline = min(end, time.monotonic() + LINGER_TIMEOUT)
+            more = yield from self._receive()
 
-    def _refuse(self, error: HTTPError) -> None:
-        """Answer with an error, as the last thing on this connection."""
-        self.close_connection = self.linger = True
-        status, headers, body = complete(error.response())
-        content = b"" if self.head.startswith(b"HEAD ") else b"".join(body)
-        self._send(format_head(status, [*headers, ("Connection", "close")]) + content)
-        self.log_request(status[:3], len(content))
+    def _request_line(self) -> str:
+        """Return the request line for the log, without control characters."""
+        line = self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED]
+        return line.decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
 
-    def _linger(self) -> None:
-        """Read on for a while: if bytes are unread at the close, TCP takes the answer back (RFC 9112 9.6)."""
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline, left = time.monotonic() + BODY_TIMEOUT, MAX_LINGER
-        while left > 0 and (more := self._receive(min(deadline, time.monotonic() + LINGER_TIMEOUT))):
-            left -= len(more)
+    def _log_request(self, status: str, size: int) -> None:
+        """Log a request in Common Log Format."""
+        if self.server.access_log:
+            moment = _log_time(int(time.time()))
+            self.server.log.write(f'{self.client} - - [{moment}] "{self._request_line()}" {status[:3]} {size}\n')
 
 
 class Log(io.TextIOBase):
-    """stderr, less what it does not take at once: a log that is full, closed or not read any more ends nothing."""
+    """wsgi.errors: keeps entries until a worker writes them to stderr. What stderr does not take is dropped."""
+
+    def __init__(self) -> None:
+        self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.is_writing = False
+
+    def is_abandoned(self) -> bool:
+        """Return False: entries are always worth writing."""
+        return False
+
+    def resume(self, error: Exception | None, result: object) -> None:
+        """Allow the next write."""
+        self.is_writing = False
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it."""
-        with contextlib.suppress(OSError, ValueError):
-            if _is_writable(sys.stderr):
-                sys.stderr.write(text)
+        """Keep an entry to be written."""
+        if self.entries.qsize() < MAX_PENDING:
+            self.entries.put(text)
         return len(text)
 
+    def write_entries(self) -> None:
+        """Write all entries at once, and not through sys.stderr's buffer, which would block the interpreter's exit."""
+        text = "".join([self.entries.get() for _ in range(self.entries.qsize())])
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed or full
+            os.write(sys.stderr.fileno(), text.encode("utf-8", "backslashreplace"))
 
-def _is_writable(stream: Any) -> bool:
-    """Tell whether a stream takes some text without waiting, as far as the system can tell."""
+
+def _raise_file_limit() -> int:
+    """Let this process open as many files as it may at most. Return how many."""
     try:
-        return bool(select.select([], [stream], [], 0)[1])
-    except (OSError, ValueError):  # it is no file; or this is Windows, which tells it of sockets alone
-        return True
-
-
-def _format_part(part: bytes, chunked: bool) -> bytes:
-    """Return a part of a body as it is sent. An empty chunk would be the last one: RFC 9112 7.1."""
-    return b"%x\r\n%b\r\n" % (len(part), part) if chunked and part else part
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+    except ImportError:  # Windows has no such limit
+        return MAX_CONNECTIONS
+    most = getrlimit(RLIMIT_NOFILE)[1]
+    setrlimit(RLIMIT_NOFILE, (most, most))
+    return most if most > 0 else MAX_CONNECTIONS
 
 
 @functools.lru_cache(maxsize=1)
@@ -1811,248 +1906,135 @@ def _log_time(second: int) -> str:
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say (default: sys.argv). Return 0, or 1 for what failed; exit with 2 for a bad setting.
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command (default: sys.argv). Exit with 2 for an invalid setting, with 1 for a failure.
 
-    As a CGI program (RFC 3875) answer one request: there the arguments are the client's.
+    As a CGI program (RFC 3875), answer one request: then the arguments are the client's.
     """
     if argv is None and os.environ.get("GATEWAY_INTERFACE", "").startswith("CGI/"):
         CGIHandler().run(application)
-        return 0
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # whoever started us may have closed it
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold anything
-    parser = _make_parser()
-    arguments = parser.parse_args(argv)
-    if not hasattr(hashlib, "pbkdf2_hmac"):
-        return _fail("this Python was built without OpenSSL, and so without hashlib.pbkdf2_hmac: take another")
-    try:
-        users = open_users(arguments.database, ITERATIONS)
-    except ValueError as error:
-        parser.error(str(error))
-    except Unavailable as error:
-        return _fail(str(error))
-    try:
-        with contextlib.closing(users):
-            arguments.run(arguments, users)
-    except _BadSetting as error:
-        parser.error(str(error))
-    except (Unavailable, sqlite3.Error) as error:
-        return _fail(f"{users.place}: {error}. Another database is chosen by --database")
-    except (_Failure, HTTPError, NoSuchUser, TableInUse, OSError) as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:  # before there was anything to stop
-        return 128 + signal.SIGINT
-    finally:
-        _flush()
-    return 0
+    else:
+        run_command(make_parser()[0], argv, Users)
 
 
-class _Failure(Exception):
-    """What kept a command from doing its work."""
-
-
-class _BadSetting(argparse.ArgumentTypeError):
-    """An argument or a variable of the environment that cannot be."""
-
-
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of the command line, and its subparsers. `run` is the function of a command."""
     parser = argparse.ArgumentParser(
-        prog="profiler",
+        prog=prog,
         description="User accounts over HTTP. Without a command: serve them.",
-        epilog="What no flag gives is taken from the environment: PROFILER_HOST, PROFILER_PORT or PORT, "
-        "PROFILER_DATABASE, PROFILER_TOKEN (the token itself).",
+        epilog="Environment variables for what no option sets: PROFILER_HOST, PROFILER_PORT or PORT, "
+        "PROFILER_DATABASE, PROFILER_TOKEN, PROFILER_ANONYMOUS, PROFILER_ITERATIONS.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--host", type=_address, help=f"the address to serve on ({HOST})")
-    add("--port", type=_port, help=f"the port; 0 is any free one ({PORT})")
-    database = os.environ.get("PROFILER_DATABASE") or DATABASE
-    add("--database", default=database, help=f"the SQLite file, or a URL ({DATABASE})")
+    add("--host", help=f"the address to listen on ({HOST})")
+    add("--port", help=f"the port; 0 is any free one ({PORT})")
+    add("--database", help=f"{database} ({DATABASE})")
     add(
         "--token-file",
-        type=_token,
-        dest="token",
         metavar="PATH",
-        help="a file with the token that every request must carry",
+        type=_read_file,
+        dest="token",
+        help="a file of tokens, one per line; every request must carry one of them",
     )
-    add("--anonymous", action="store_true", help="serve any address, and under any name, without a token")
-    add("--no-access-log", action="store_true", help="write no line for each request to stderr")
+    add("--anonymous", action="store_true", default=None, help="serve everybody who reaches the port, without a token")
+    add("--iterations", type=int, help=f"of PBKDF2, for new passwords ({ITERATIONS})")
+    add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_serve)
 
-    every = argparse.ArgumentParser(add_help=False)  # what may stand behind a command as well
-    every.add_argument("--database", default=argparse.SUPPRESS, help="the SQLite file, or a URL")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--database", default=argparse.SUPPRESS, help=database)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    options: Any = {"parents": [common], "allow_abbrev": False}
 
-    initialise = commands.add_parser(
-        "initialise-database", parents=[every], allow_abbrev=False, help="make the table of users"
-    )
-    initialise.add_argument("--force", action="store_true", help="drop the users in the table, for good")
+    initialise = commands.add_parser("initialise-database", help="create the table of users", **options)
+    initialise.add_argument("--force", action="store_true", help="delete all users in it")
     initialise.set_defaults(run=_initialise_database)
 
-    set_password = commands.add_parser(
-        "set-password", parents=[every], allow_abbrev=False, help="give a user another password"
-    )
-    set_password.add_argument("email", metavar="EMAIL", help="whose; the password is read from the terminal or stdin")
-    set_password.set_defaults(run=_set_password)
-
-    backup = commands.add_parser(
-        "backup", parents=[every], allow_abbrev=False, help="copy the database while it is served"
-    )
-    backup.add_argument("path", metavar="PATH", help="where to; a file that is not there yet")
+    backup = commands.add_parser("backup", help="copy the database while it is served", **options)
+    backup.add_argument("path", metavar="PATH", help="a new file")
     backup.set_defaults(run=_backup)
-    return parser
+    return parser, commands
 
 
-def _address(text: str) -> str:
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: type[Users]) -> None:
+    """Run the command of the arguments on a storage. Exit as main does."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # it may have been closed by the caller
+    arguments = parser.parse_args(argv)
     try:
-        return str(socket.getaddrinfo(text.encode(), 0, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise _BadSetting(f"{text!r}, from the flag or PROFILER_HOST: {error.strerror}") from None
-
-
-def _port(text: str) -> int:
-    if re.fullmatch("[0-9]{1,5}", text) and int(text) <= MAX_PORT:
-        return int(text)
-    message = f"{text!r}, from the flag, PROFILER_PORT or PORT, is no number from 0 to {MAX_PORT}"
-    raise _BadSetting(message)
-
-
-def _token(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except (OSError, ValueError) as error:
-        raise _BadSetting(f"{path!r} cannot be read: {error}") from None
+        with contextlib.closing(open_users(storage, arguments.database, arguments.iterations)) as users:
+            try:
+                arguments.run(arguments, users)
+            except (Unavailable, sqlite3.Error) as error:
+                sys.exit(f"profiler: {users.location}: {error}. Use --database to choose another database.")
+    except ValueError as error:
+        parser.error(str(error))
+    except (Unavailable, TableInUse, OSError) as error:
+        sys.exit(f"profiler: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _serve(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     environ = os.environ.get
-    own_port = environ("PROFILER_PORT") or ""
-    if own_port.startswith("tcp://"):  # not meant for us: Kubernetes sets it so for a Service that is called profiler
+    own_port = environ("PROFILER_PORT", "")
+    if own_port.startswith("tcp://"):  # set by Kubernetes for a Service named "profiler"; not our setting
         own_port = ""
-    host = arguments.host or _address(environ("PROFILER_HOST") or HOST)
-    port = _port(own_port or environ("PORT") or PORT) if arguments.port is None else arguments.port
-    token = environ("PROFILER_TOKEN") if arguments.token is None else arguments.token
+    port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
+    host = arguments.host or environ("PROFILER_HOST") or HOST
     try:
-        app = Application(users, token)
-    except ValueError as error:
-        raise _BadSetting(str(error)) from None
-    is_open = token is None and not arguments.anonymous
-    if is_open and not (host.startswith("127.") or host == "::1"):
-        raise _BadSetting(f"--host {host} is open to others: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
-    users.prepare()
-    count = users.count()  # a database that cannot be used is told now
-    users.close()  # what was read to count them need not stay in memory
-    _save_address_space()
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"invalid host {host!r}: {error}") from None
+    app = Application(users, arguments.token, arguments.anonymous)
+    ip = str(address[0])
+    if not (app.tokens or app.anonymous or ip.startswith("127.") or ip == "::1"):
+        raise ValueError(f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
+    users.create_if_missing()
+    count = users.count()
+    users.close()  # frees the memory that counting took
     try:
-        server = Server(host, port, app, not arguments.no_access_log, check_host=is_open)
+        server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
-        raise _Failure(f"port {port} of {host}: {error.strerror}: choose another --port or --host") from None
+        raise OSError(f"port {port} of {ip}: {error.strerror}: choose another --port or --host") from None
     with server:
-        spare = max(2, _raise_file_limit() - RESERVED_FILES)
-        server.max_refusals = min(MAX_REFUSALS, spare // 10)
-        server.max_connections = min(MAX_CONNECTIONS, spare - server.max_refusals)
+        if users.iterations < ITERATIONS:
+            server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
         for signum in signals:
-            if signum in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup says
+            if signum != getattr(signal, "SIGHUP", None) or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
                 signal.signal(signum, server.stop)
-        name = f"[{host}]" if ":" in host else host
-        _say(f"http://{name}:{server.server_port}/{'' if has_page() else 'users/'}")
-        _say(f"The database is {users.place}; it holds {count_users(count)}. Ctrl-C stops the server.")
+        path = "users/"
+        name = f"[{ip}]" if ":" in ip else ip
+        with contextlib.suppress(HTTPError):
+            path = "" if read_optional("index.html") else path
+        print(f"http://{name}:{server.server_port}/{path}")
+        print(f"Database: {users.location} (users: {count}). Press Ctrl-C to stop.", flush=True)
         server.serve()
         for signum in signals:
-            signal.signal(signum, signal.SIG_IGN)  # all is done: a second one shall not spoil the exit status
+            signal.signal(signum, signal.SIG_IGN)  # another signal must not change the exit status
 
 
-def _save_address_space() -> None:
-    """Give threads small stacks, and one heap in common: glibc reserves 64 MiB for each thread's own (mallopt(3))."""
-    threading.stack_size(STACK_SIZE)
-    with contextlib.suppress(Exception):  # another C library, or a Python without ctypes
-        import ctypes
-
-        m_arena_max = -8  # malloc.h
-        ctypes.CDLL(None).mallopt(m_arena_max, 1)
-
-
-def _raise_file_limit() -> int:
-    """Let this process open as many files as it may at most; return how many."""
+def _read_file(path: str) -> str:
     try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return sys.maxsize
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        limit = most
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:
-    users.initialise(arguments.force)
-    _say("Successfully created database schema.")
-
-
-def _set_password(arguments: argparse.Namespace, users: Users) -> None:
-    users.expect()
-    if not users.find(check_field("email", arguments.email)):  # before anybody types a password
-        raise NoSuchUser(f"nobody has the email {arguments.email}")
-    password = check_field("password", _read_password())
-    if not password.strip():
-        raise _Failure("the password must not be blank")
-    users.set_password(arguments.email, password)
-    _say(f"{arguments.email} has another password now.")
-
-
-def _read_password() -> str:
-    """Return a new password: twice the same from a terminal, without echo, or a line of stdin. Raise OSError."""
-    if sys.stdin is None:
-        raise _Failure("stdin is closed: the password is read from there")
-    try:
-        if not sys.stdin.isatty():
-            return sys.stdin.buffer.readline().decode().rstrip("\r\n")
-        import getpass
-
-        password = getpass.getpass("New password: ")
-        if getpass.getpass("Once more: ") != password:
-            raise _Failure("the two differ: nothing was changed")
-        return password
-    except (UnicodeDecodeError, EOFError):
-        raise _Failure("a password must be given, in UTF-8") from None
+    created = users.initialise(arguments.force)
+    print("Successfully created database schema." if created else "The database schema exists.")
 
 
 def _backup(arguments: argparse.Namespace, users: Users) -> None:
-    def show(left: int, total: int) -> None:
-        if total > BACKUP_PAGES and sys.stderr.isatty():
-            print(f"\r{100 * (total - left) // total} %", end="" if left else "\n", file=sys.stderr, flush=True)
-
-    users.expect()
-    users.backup(arguments.path, show)
-    _say(f"The copy is {arguments.path}.")
-
-
-def _say(message: str) -> None:
-    try:
-        print(message, flush=True)
-    except OSError as error:
-        raise _Failure(f"stdout cannot be written to: {error.strerror}") from None
-
-
-def _fail(message: str) -> int:
-    Log().write(f"profiler: {message}\n")
-    return 1
-
-
-def _flush() -> None:
-    """Drop a stream that cannot be written to: what its buffer holds would make the interpreter's exit a failure."""
-    for name in ("stdout", "stderr"):
-        try:
-            getattr(sys, name).flush()
-        except (AttributeError, OSError, ValueError):
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+    users.must_exist()
+    users.backup(arguments.path)
+    print(f"Backup written to {arguments.path}.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

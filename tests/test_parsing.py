@@ -1,0 +1,235 @@
+"""The server's parser: from the bytes of a request head to a WSGI environ, without a socket."""
+
+from __future__ import annotations
+
+import pytest
+
+import profiler
+
+GET = b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def status_of(head):
+    """Return the status with which a request head is rejected."""
+    with pytest.raises(profiler.HTTPError) as rejection:
+        profiler.parse_head(head)
+    return rejection.value.status
+
+
+def test_head_becomes_a_wsgi_environ():
+    """PEP 3333."""
+    head = (
+        b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\nHost: localhost:80\r\nX-Two: a\r\nx-two:\tb \r\nContent-Length: 2\r\n\r\n"
+    )
+    assert profiler.parse_head(head) == {
+        "REQUEST_METHOD": "PUT",
+        "PATH_INFO": "/users/1/",
+        "QUERY_STRING": "a=b%20c",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "HTTP_HOST": "localhost:80",
+        "HTTP_X_TWO": "a, b",
+        "CONTENT_TYPE": "",
+        "CONTENT_LENGTH": "2",
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET  /users/ HTTP/1.1",
+        b"GET /users/ HTTP/1.1 ",
+        b"GET\t/users/ HTTP/1.1",
+        b" GET /users/ HTTP/1.1",
+        b"GET /users/\x01 HTTP/1.1",
+        b"GET /users/\r HTTP/1.1",
+        b"GET /users/\x7f HTTP/1.1",
+        b"G@T /users/ HTTP/1.1",
+        b"GET users/ HTTP/1.1",
+        b"GET /users/ http/1.1",
+        b"GET /users/",
+        b"",
+        b"\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"CONNECT localhost:80 HTTP/1.1",
+        b"GET ftp://localhost/users/ HTTP/1.1",
+        b"GET http://a@b/users/ HTTP/1.1",
+        b"GET http:///users/ HTTP/1.1",
+        b"GET http://?a HTTP/1.1",
+    ],
+)
+def test_malformed_request_line_is_rejected(line):
+    assert status_of(line + b"\r\nHost: a\r\n\r\n") == 400
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"1.2", b"1.10", b"2.0", b"3"])
+def test_other_http_versions_are_rejected(version):
+    assert status_of(b"GET /users/ HTTP/%b\r\nHost: a\r\n\r\n" % version) == 505
+
+
+def test_http_2_preface_is_rejected():
+    assert status_of(b"PRI * HTTP/2.0\r\n\r\n") == 505
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"X",
+        b": x",
+        b"X : a",
+        b" X: a",
+        b"X@Y: x",
+        b"X: a\r\n b",
+        b"X: a\rb",
+        b"X: a\nY: b",
+        b"X: a\x00b",
+        b"X: a\x7f",
+    ],
+)
+def test_malformed_header_is_rejected(field):
+    assert status_of(b"GET /users/ HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % field) == 400
+
+
+@pytest.mark.parametrize("head", [GET.replace(b"\r\n", b"\n"), GET[:-2] + b"\n", GET[:-4] + b"\n\r\n"])
+def test_bare_line_feed_is_rejected(head):
+    assert profiler.HEAD_END.search(head)
+    assert status_of(head) == 400
+
+
+@pytest.mark.parametrize(
+    "fields", [b"", b"Host: a\r\nHost: a\r\n", b"Host: a b\r\n", b"Host: a/b\r\n", b"Host: a,b@c\r\n"]
+)
+def test_missing_repeated_or_malformed_host_is_rejected(fields):
+    """RFC 9112 3.2."""
+    assert status_of(b"GET /users/ HTTP/1.1\r\n%b\r\n" % fields) == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        (b"Content-Length: 2\r\nContent-Length: 2\r\n", 400),
+        (b"Content-Length: 2\r\nContent-Length: 3\r\n", 400),
+        (b"Content-Length: 2, 2\r\n", 400),
+        (b"Content-Length: +2\r\n", 400),
+        (b"Content-Length: -2\r\n", 400),
+        (b"Content-Length: 2_0\r\n", 400),
+        (b"Content-Length: 0x2\r\n", 400),
+        (b"Content-Length:\r\n", 400),
+        (b"Content-Length: \xb2\r\n", 400),
+        (b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n", 411),
+        (b"Transfer-Encoding: Chunked\r\n", 411),
+        (b"Transfer-Encoding: gzip, chunked\r\n", 501),
+        (b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", 501),
+        (b"Transfer-Encoding: xchunked\r\n", 501),
+        (b"Transfer-Encoding:\r\n", 501),
+    ],
+)
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_request_smuggling_is_rejected(fields, status, version):
+    """Ambiguous or unsupported framing of the body: RFC 9112 6.1, 6.3 and 11.2."""
+    assert status_of(b"POST /users/ HTTP/%b\r\nHost: a\r\n%b\r\n" % (version, fields)) == status
+
+
+def test_huge_content_length_is_rejected():
+    """int() raises ValueError for more than 4,300 digits."""
+    assert status_of(GET.replace(b"Host", b"Content-Length: %b\r\nHost" % (b"1" * 5000))) == 400
+
+
+def test_unknown_expectation_is_rejected():
+    """RFC 9110 10.1.1; HTTP/1.0 has no Expect."""
+    assert status_of(GET.replace(b"Host", b"Expect: a miracle\r\nHost")) == 417
+    profiler.parse_head(GET.replace(b"Host", b"Expect: 100-Continue\r\nHost"))
+    profiler.parse_head(GET.replace(b"1.1", b"1.0").replace(b"Host", b"Expect: a miracle\r\nHost"))
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"a" * profiler.MAX_REQUEST_LINE + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * profiler.MAX_HEAD + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * profiler.MAX_HEADER_FIELDS + b"\r\n", 431),
+    ],
+    ids=["request line", "head", "number of headers"],
+)
+def test_oversized_head_is_rejected(head, status):
+    assert status_of(head) == status
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\r\n" + GET,
+        GET.replace(b"Host: localhost", b"hOST:\t localhost:80 \t"),
+        GET.replace(b"/users/", b"http://localhost/users/"),
+        GET.replace(b"/users/", b"HTTP://localhost:80/users/?q"),
+        GET.replace(b"/users/", b"/%75sers/?q#\xff"),
+        GET.replace(b"\r\n\r\n", b"\r\n" + b"X: \xff\r\n" * (profiler.MAX_HEADER_FIELDS - 1) + b"\r\n"),
+        GET.replace(b"Host", b"Content-Length: 000\r\nHost"),
+        GET.replace(b"Host: localhost", b"Host:"),
+        b"GET /users/ HTTP/1.0\r\n\r\n",
+    ],
+)
+def test_unusual_but_valid_head_is_accepted(head):
+    environ = profiler.parse_head(head)
+    assert (environ["REQUEST_METHOD"], environ["PATH_INFO"]) == ("GET", "/users/")
+
+
+def test_header_names_with_an_underscore_are_dropped():
+    """In an environ, Content_Length would replace Content-Length."""
+    environ = profiler.parse_head(GET.replace(b"Host", b"Content_Length: 5\r\nTransfer_Encoding: chunked\r\nHost"))
+    assert environ["CONTENT_LENGTH"] == ""
+    assert "HTTP_TRANSFER_ENCODING" not in environ
+
+
+def test_absolute_target_overrides_host():
+    """RFC 9112 3.2.2."""
+    head = GET.replace(b"/users/", b"http://evil.example/users/")
+    assert profiler.parse_head(head)["HTTP_HOST"] == "evil.example"
+
+
+@pytest.mark.parametrize("head", [GET, b"\r\n" + GET, GET.replace(b"/users/", b"http://localhost/users/?a=b%20c")])
+def test_every_beginning_of_a_valid_head_is_accepted(head):
+    for end in range(len(head)):
+        profiler.check_incomplete_head(head[:end])
+
+
+@pytest.mark.parametrize(
+    ("beginning", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"\x00", 400),
+        (b"GET /users/ HTTP/1.1 \r", 400),
+        (b"\r\n\r\n\r", 400),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", 400),
+        (b"GET /users/ HTTP/2.0\r\n", 505),
+        (b"GET /" + b"a" * profiler.MAX_REQUEST_LINE, 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * profiler.MAX_HEAD, 431),
+    ],
+    ids=["TLS", "NUL", "space", "empty lines", "SSH", "HTTP/2", "request line", "head"],
+)
+def test_head_that_cannot_become_valid_is_rejected_early(beginning, status):
+    with pytest.raises(profiler.HTTPError) as rejection:
+        profiler.check_incomplete_head(beginning)
+    assert rejection.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("connection", "closes"),
+    [
+        (b"", False),
+        (b"Connection: keep-alive\r\n", False),
+        (b"Connection: Close\r\n", True),
+        (b"Connection: keep-alive,\tclose\r\n", True),
+        (b"Connection: keep-alive\r\nConnection: close\r\n", True),
+        (b"Connection: closed\r\n", False),
+    ],
+)
+def test_connection_close_is_recognised(connection, closes):
+    """RFC 9112 9.3."""
+    assert profiler.wants_close(profiler.parse_head(GET.replace(b"Host", connection + b"Host"))) is closes
+
+
+def test_http_1_0_connections_are_always_closed():
+    head = GET.replace(b"1.1", b"1.0").replace(b"Host", b"Connection: keep-alive\r\nHost")
+    assert profiler.wants_close(profiler.parse_head(head))

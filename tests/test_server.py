@@ -1,0 +1,908 @@
+"""The built-in server and its connections, over real sockets. test_parsing.py has its parser."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import http.client
+import io
+import json
+import re
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from email.utils import parsedate_to_datetime
+from wsgiref.validate import check_environ
+
+import pytest
+from conftest import BODY, ITERATIONS, Answer, execute, fill, locked, until
+
+import profiler
+
+GET = b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST_HEAD = b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+POST = POST_HEAD % len(BODY) + BODY
+DELETE = b"DELETE /users/9/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@contextlib.contextmanager
+def serving(application, access_log=False):
+    """Run a server in a thread. A test may change its limits before it connects."""
+    with profiler.Server(socket.AF_INET, ("127.0.0.1", 0), application, access_log) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(application, capfd):
+    with serving(application) as server:
+        yield server
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@contextlib.contextmanager
+def connected(server):
+    with contextlib.closing(socket.create_connection(server.server_address, timeout=10)) as connection:
+        yield connection
+
+
+def get(path, *fields):
+    """Return a GET request for a path, with more header fields."""
+    return b"".join(line + b"\r\n" for line in (b"GET %b HTTP/1.1" % path, b"Host: localhost", *fields, b""))
+
+
+def receive(connection):
+    """Return everything up to the end of the stream."""
+    with connection.makefile("rb") as stream:
+        return stream.read()
+
+
+def receive_until_reset(connection):
+    """Return everything up to the reset of the connection."""
+    received = b""
+    with pytest.raises(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            received += part
+    return received
+
+
+class Stream(io.BufferedReader):
+    """A stream that stays open when http.client closes a response."""
+
+    def makefile(self, *_):
+        return self
+
+    def close(self):
+        pass
+
+
+def answers(connection, *methods):
+    """Yield the next responses of a connection, to requests with these methods."""
+    with connection.makefile("rb", buffering=0) as raw:
+        stream = Stream(raw)
+        for method in methods:
+            response = http.client.HTTPResponse(stream, method=method)
+            response.begin()
+            yield Answer(response.status, response.headers, response.read())
+
+
+def answer(connection, method="GET"):
+    """Return the next response of a connection; no other may be on its way."""
+    [response] = answers(connection, method)
+    return response
+
+
+def ask(connection, request=GET):
+    """Send a request and return the response."""
+    connection.sendall(request)
+    return answer(connection, request.split(b" ")[0].decode())
+
+
+def statuses(received):
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([2-5][0-9]{2})", received)]
+
+
+def trickle(connection, message):
+    """Send a message byte by byte, until it is sent or the server answers or closes."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for byte in message:
+            connection.sendall(bytes([byte]))
+            if select.select([connection], [], [], 0.02)[0]:
+                break
+
+
+class Gate:
+    """Wraps an application: records the paths of requests; a request for /gate holds up the I/O thread."""
+
+    def __init__(self, application):
+        self.application, self.paths, self.environs = application, [], []
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, environ, start_response):
+        self.paths.append(environ["PATH_INFO"])
+        self.environs.append(environ)
+        if environ["PATH_INFO"] == "/gate":
+            self.reached.set()
+            assert self.opened.wait(10)
+        return self.application(environ, start_response)
+
+
+@contextlib.contextmanager
+def held_up(server, gate):
+    """Hold up the I/O thread during the block, so that what is sent in it arrives at the same time."""
+    with connected(server) as connection:
+        connection.sendall(get(b"/gate"))
+        assert gate.reached.wait(10)
+        try:
+            yield
+        finally:
+            gate.opened.set()
+            answer(connection)
+
+
+# -- requests and responses --------------------------------------------------------------------------------------------
+
+
+def test_connection_is_kept_alive_and_tells_its_timeout(server):
+    with connected(server) as connection:
+        for _ in range(3):
+            response = ask(connection)
+            assert (response.status, response.json, response.headers["Connection"]) == (200, [], None)
+            assert response.headers["Keep-Alive"] == f"timeout={profiler.IDLE_TIMEOUT}" == "timeout=15"
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    with connected(server) as connection:
+        connection.sendall(POST + GET + get(b"/x/") + get(b"/users/", b"Connection: close"))
+        received = receive(connection)
+    assert statuses(received) == [201, 200, 404, 200]
+    assert received.count(b'"Harry"') == 2
+
+
+@pytest.mark.parametrize("last", [GET.replace(b"1.1", b"1.0"), get(b"/users/", b"Connection: keep-alive,\tclose")])
+def test_http_1_0_and_connection_close_end_the_connection(server, last):
+    with connected(server) as connection:
+        connection.sendall(last + GET)
+        received = receive(connection)
+    assert statuses(received) == [200]
+    assert b"\r\nConnection: close\r\n" in received
+    assert b"Keep-Alive" not in received
+
+
+def test_last_response_ends_the_stream_at_once(server, monkeypatch):
+    """While the server waits for the client to close, the client is not kept waiting."""
+    monkeypatch.setattr(profiler, "LINGER_TIMEOUT", 60)
+    with connected(server) as connection:
+        connection.sendall(get(b"/users/", b"Connection: close"))
+        assert statuses(receive(connection)) == [200]
+    until(lambda: not server.connections)
+
+
+def test_responses_without_a_body_keep_the_connection_in_step(server):
+    with connected(server) as connection:
+        assert ask(connection, POST).status == 201
+        for request, expected in [
+            (DELETE, 204),
+            (GET.replace(b"GET", b"HEAD"), 200),
+            (GET.replace(b"GET", b"OPTIONS"), 204),
+            (get(b"/users/1/", b"If-None-Match: *"), 304),
+            (get(b"/users/1/", b"If-None-Match: *").replace(b"GET", b"HEAD"), 304),
+        ]:
+            response = ask(connection, request)
+            assert (response.status, response.body) == (expected, b"")
+            assert ("Content-Length" in response.headers) == (expected == 200)
+            assert "Transfer-Encoding" not in response.headers
+        assert len(ask(connection).json) == 1
+
+
+def test_long_list_is_chunked(server, path):
+    fill(path, 3 * profiler.BATCH)
+    with connected(server) as connection:
+        for _ in range(2):
+            response = ask(connection)
+            assert (response.status, response.headers["Transfer-Encoding"]) == (200, "chunked")
+            assert len(response.json) == 3 * profiler.BATCH
+        assert ask(connection, GET.replace(b"GET", b"HEAD")).body == b""
+
+
+def test_long_list_is_not_chunked_for_http_1_0(server, path):
+    fill(path, 3 * profiler.BATCH)
+    with connected(server) as connection:
+        connection.sendall(GET.replace(b"1.1", b"1.0"))
+        head, _, body = receive(connection).partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert len(json.loads(body)) == 3 * profiler.BATCH
+
+
+def failing_after(pages, function, error=None):
+    """Return a function that raises an error after some calls."""
+    calls = iter(range(pages))
+
+    def fail(*arguments, **options):
+        if next(calls, None) is None:
+            raise error or profiler.Unavailable("disk I/O error")
+        return function(*arguments, **options)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [profiler.Unavailable("disk I/O error"), OSError("disk I/O error")])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_list_that_fails_midway_resets_the_connection(application, users, path, capfd, monkeypatch, version, error):
+    """To an HTTP/1.0 client, the end of the stream would be the end of the list."""
+    fill(path, 4 * profiler.BATCH)
+    monkeypatch.setattr(users, "page", failing_after(2, users.page, error))
+    with serving(application) as server, connected(server) as connection:
+        connection.sendall(GET.replace(b"1.1", version) + GET)
+        received = receive_until_reset(connection)
+    assert statuses(received) == [200]
+    assert b"user600@" in received
+    [line] = capfd.readouterr().err.splitlines()
+    assert "disk I/O error" in line
+
+
+def test_bug_in_the_middle_of_a_list_is_logged_with_its_traceback(application, users, path, capfd, monkeypatch):
+    fill(path, 4 * profiler.BATCH)
+    monkeypatch.setattr(users, "page", failing_after(2, users.page, ZeroDivisionError("oops")))
+    with serving(application) as server, connected(server) as connection:
+        connection.sendall(GET)
+        receive_until_reset(connection)
+    assert re.fullmatch(r"Traceback .*\nZeroDivisionError: oops\n", capfd.readouterr().err, re.DOTALL)
+
+
+def test_list_that_fails_before_its_first_page_is_503(server, users, monkeypatch):
+    monkeypatch.setattr(users, "page", failing_after(0, users.page))
+    with connected(server) as connection:
+        assert ask(connection).status == 503
+
+
+@pytest.mark.parametrize("body_parts", [(BODY,), (BODY[:5], BODY[5:])])
+def test_100_continue_is_sent_to_a_client_that_waits_for_it(server, body_parts):
+    """RFC 9110 10.1.1."""
+    with connected(server) as connection:
+        connection.sendall((POST_HEAD % len(BODY)).replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        for part in body_parts:
+            connection.sendall(part)
+        assert answer(connection).status == 201
+        assert ask(connection).status == 200
+
+
+def test_100_continue_is_not_sent_to_http_1_0(server):
+    """RFC 9110 10.1.1: a server must not."""
+    with connected(server) as connection:
+        connection.sendall(POST.replace(b"1.1", b"1.0").replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        assert receive(connection).startswith(b"HTTP/1.1 201 ")
+
+
+def test_100_continue_is_not_sent_if_the_body_is_too_large(server):
+    with connected(server) as connection:
+        connection.sendall((POST_HEAD % 100_000).replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_rejected_request_is_answered_in_json_and_closed(server, method):
+    with connected(server) as connection:
+        connection.sendall(get(b"/users/", b"Content-Length: x").replace(b"GET", method) + GET)
+        head, _, body = receive(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    for field in (
+        b"Content-Type: application/json",
+        b"Connection: close",
+        b"X-Content-Type-Options: nosniff",
+        b"X-Frame-Options: DENY",
+        b"Cache-Control: no-store",
+    ):
+        assert field in head.split(b"\r\n")
+    assert body == b"" if method == b"HEAD" else list(json.loads(body)) == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"\x80\x2e\x01\x00\x02", 400),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", 400),
+        (b"GET /users/ HTTP/1.1\nHost: localhost\n\n", 400),
+        (b"GET /" + b"a" * profiler.MAX_REQUEST_LINE, 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * profiler.MAX_HEAD, 431),
+    ],
+    ids=["TLS", "SSLv2", "SSH", "bare line feeds", "request line", "head"],
+)
+def test_tls_garbage_and_oversized_heads_are_rejected_before_they_end(server, beginning, status):
+    with connected(server) as connection:
+        connection.sendall(beginning)
+        assert receive(connection).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_incomplete_head_is_400(server):
+    with connected(server) as connection:
+        connection.sendall(GET[:-2])
+        connection.shutdown(socket.SHUT_WR)
+        assert receive(connection).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_empty_line_after_the_head_may_arrive_in_two_parts(server, split):
+    """In two reads: the first part of the head is sent with a complete request, which is answered in between."""
+    with connected(server) as connection:
+        assert ask(connection, GET + GET[:-split]).status == 200
+        assert ask(connection, GET[-split:]).status == 200
+
+
+def test_cut_off_body_is_400_and_creates_no_user(server):
+    with connected(server) as connection:
+        connection.sendall(POST[:-1])
+        connection.shutdown(socket.SHUT_WR)
+        assert receive(connection).startswith(b"HTTP/1.1 400 ")
+    assert server.application.users.count() == 0
+
+
+def test_unread_body_is_not_taken_for_the_next_request(server):
+    with connected(server) as connection:
+        connection.sendall(get(b"/users/", b"Content-Length: %d" % len(GET)) + GET + get(b"/x/"))
+        assert [response.status for response in answers(connection, "GET", "GET")] == [200, 404]
+
+
+def test_sender_of_a_large_body_receives_413(server):
+    """If the server closed with unread input, the connection would be reset and the response lost."""
+    with connected(server) as connection:
+        connection.sendall(POST_HEAD % 5_000_000 + b"x" * 5_000_000)
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_environ_conforms_to_pep_3333(application):
+    gate = Gate(application)
+    with serving(gate) as server, connected(server) as connection:
+        assert ask(connection, POST).status == 201
+        port = server.server_port
+    [environ] = gate.environs
+    check_environ({**environ, "wsgi.input": io.BytesIO()})
+    assert (environ["REMOTE_ADDR"], environ["SERVER_NAME"], environ["SERVER_PORT"]) == (
+        "127.0.0.1",
+        "127.0.0.1",
+        str(port),
+    )
+    assert (environ["wsgi.multithread"], environ["wsgi.multiprocess"], environ["wsgi.run_once"]) == (True, False, False)
+
+
+def test_responses_have_the_date_and_a_server_header_without_python(server):
+    with connected(server) as connection:
+        headers = ask(connection).headers
+    assert headers["Server"] == f"profiler/{profiler.__version__}"
+    assert abs(parsedate_to_datetime(headers["Date"]).timestamp() - time.time()) < 60
+
+
+def test_small_response_is_one_packet_without_delay(server, monkeypatch):
+    sent = []
+    send = socket.socket.send
+    monkeypatch.setattr(socket.socket, "send", lambda *arguments: sent.append(arguments[1]) or send(*arguments))
+    with connected(server) as connection:
+        assert ask(connection).status == 200
+        [served] = server.connections
+        assert served.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert [message[:9] for message in sent if message != b"\0"] == [b"HTTP/1.1 "]
+
+
+# -- timeouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_slow_head_times_out(server, monkeypatch):
+    monkeypatch.setattr(profiler, "HEAD_TIMEOUT", 0.1)
+    with connected(server) as connection:
+        trickle(connection, GET[:-1])
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+@pytest.mark.parametrize("body", [BODY[:-1], b""], ids=["slow", "missing"])
+def test_slow_or_missing_body_times_out(server, monkeypatch, body):
+    monkeypatch.setattr(profiler, "BODY_TIMEOUT", 0.1)
+    with connected(server) as connection:
+        connection.sendall(POST_HEAD % len(BODY))
+        trickle(connection, body)
+        received = receive(connection)
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_idle_connection_is_closed_silently(server, monkeypatch):
+    monkeypatch.setattr(profiler, "IDLE_TIMEOUT", 0.05)
+    with connected(server) as connection:
+        assert receive(connection) == b""
+    with connected(server) as connection:
+        connection.sendall(GET)
+        assert statuses(receive(connection)) == [200]
+
+
+@pytest.fixture
+def small_buffers(server):
+    """Let the server's connections buffer little, so that it has to wait for its clients."""
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+
+
+@contextlib.contextmanager
+def slow_reader(server):
+    """Connect with a small buffer."""
+    with contextlib.closing(socket.socket()) as connection:
+        connection.settimeout(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        connection.connect(server.server_address)
+        yield connection
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_client_that_reads_nothing_is_dropped_with_a_reset(server, path, monkeypatch, version):
+    """To an HTTP/1.0 client, the end of the stream would be the end of the list."""
+    monkeypatch.setattr(profiler, "SEND_TIMEOUT", 0.1)
+    fill(path, 20 * profiler.BATCH)
+    with slow_reader(server) as connection:
+        connection.sendall(GET.replace(b"1.1", version))
+        assert connection.recv(1) == b"H"
+        until(lambda: not server.connections)
+        received = receive_until_reset(connection)
+    assert not received.endswith((b"]\n", b"0\r\n\r\n"))
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("request_", [GET, DELETE], ids=["GET", "DELETE"])
+def test_client_that_pipelines_without_reading_is_dropped(server, monkeypatch, request_):
+    monkeypatch.setattr(profiler, "SEND_TIMEOUT", 0.1)
+    with slow_reader(server) as connection:
+        connection.sendall(request_ * 500)
+        until(lambda: server.connections)
+        until(lambda: not server.connections)
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_client_that_reads_slowly_is_served(server, path, monkeypatch):
+    """In total, this takes longer than a client may read nothing."""
+    monkeypatch.setattr(profiler, "SEND_TIMEOUT", 1)
+    fill(path, 6 * profiler.BATCH)
+    started, received = time.monotonic(), b""
+    with slow_reader(server) as connection:
+        connection.sendall(GET.replace(b"1.1", b"1.0"))
+        while part := connection.recv(1 << 13):
+            received += part
+            if time.monotonic() < started + 1.5:
+                select.select([], [], [], 0.1)
+    assert time.monotonic() - started > profiler.SEND_TIMEOUT
+    assert len(json.loads(received.partition(b"\r\n\r\n")[2])) == 6 * profiler.BATCH
+
+
+def test_silent_client_is_closed_after_its_last_response(server, monkeypatch):
+    monkeypatch.setattr(profiler, "LINGER_TIMEOUT", 0.05)
+    with connected(server) as connection:
+        connection.sendall(b"nonsense\r\n")
+        assert statuses(receive(connection)) == [400]
+        until(lambda: not server.connections)
+
+
+def test_client_that_sends_on_after_its_last_response_is_closed(server, monkeypatch):
+    """A lingering close has an overall limit."""
+    monkeypatch.setattr(profiler, "LINGER_TIMEOUT", 10)
+    monkeypatch.setattr(profiler, "BODY_TIMEOUT", 0.1)
+    with connected(server) as connection:
+        connection.sendall(b"nonsense\r\n")
+        assert statuses(receive(connection)) == [400]
+
+        def is_closed():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"more")
+            return not server.connections
+
+        until(is_closed)
+
+
+def test_client_that_resets_the_connection_leaves_no_trace(server, path, capfd):
+    fill(path, 20 * profiler.BATCH)
+    for _ in range(3):
+        with connected(server) as connection:
+            connection.sendall(GET * 5)
+            connection.recv(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(lambda: not server.connections)
+    assert capfd.readouterr().err == ""
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def test_at_the_connection_limit_the_longest_idle_connection_is_closed(server):
+    server.max_connections = 3
+    with connected(server) as first, connected(server) as second, connected(server) as third:
+        for connection in (first, second, third, first):
+            assert ask(connection).status == 200
+        with connected(server) as fourth:
+            assert ask(fourth).status == 200
+            assert receive(second) == b""
+            for connection in (first, third, fourth):
+                assert ask(connection).status == 200
+
+
+def test_at_the_connection_limit_requests_in_flight_are_kept(server, slow_hash):
+    server.max_connections = 1
+    with connected(server) as busy:
+        busy.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        with connected(server) as other:
+            assert receive(other) == b""
+        slow_hash.go_on.set()
+        assert answer(busy).status == 201
+        with connected(server) as another:
+            assert ask(another).status == 200
+        assert receive(busy) == b""
+
+
+def test_without_file_descriptors_the_longest_idle_connection_is_closed(server, monkeypatch):
+    with connected(server) as idle:
+        assert ask(idle).status == 200
+        monkeypatch.setattr(server, "socket", OutOfFiles(server.socket))
+        with connected(server) as connection:
+            assert ask(connection).status == 200
+        assert receive(idle) == b""
+
+
+def test_without_file_descriptors_and_idle_connections_the_server_pauses(server, monkeypatch):
+    """Otherwise it would use all of a core: the waiting connection makes select return at once."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(server, "socket", OutOfFiles(server.socket))
+    with connected(server) as connection:
+        assert ask(connection).status == 200
+    assert pauses[0] == profiler.ACCEPT_PAUSE
+
+
+class OutOfFiles:
+    """A listening socket that cannot accept the next connection at first."""
+
+    def __init__(self, listener):
+        self.listener, self.failed = listener, False
+
+    def __getattr__(self, name):
+        return getattr(self.listener, name)
+
+    def accept(self):
+        if not self.failed:
+            self.failed = True
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.listener.accept()
+
+
+def test_accept_does_not_block_if_the_client_has_gone(server):
+    assert not server.socket.getblocking()
+
+
+def test_without_threads_a_write_is_still_answered(server, monkeypatch):
+    with connected(server) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more_threads)
+            assert ask(connection, POST).status == 201
+            assert len(ask(connection).json) == 1
+        assert ask(connection, DELETE).status == 204
+
+
+def test_without_threads_a_long_list_and_the_log_are_still_written(application, path, capfd, monkeypatch):
+    fill(path, 3 * profiler.BATCH)
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        monkeypatch.setattr(threading.Thread, "start", no_more_threads)
+        assert len(ask(connection).json) == 3 * profiler.BATCH
+        monkeypatch.undo()
+    assert '"GET /users/ HTTP/1.1" 200 ' in capfd.readouterr().err
+
+
+def no_more_threads(thread):
+    raise RuntimeError("can't start new thread")
+
+
+# -- fairness ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_incomplete_heads_do_not_hold_up_others(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connected(server)).sendall(b"GET /users/ HT")
+        with connected(server) as connection:
+            assert ask(connection).status == 200
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_list_that_is_read_slowly_does_not_hold_up_others(server, path):
+    fill(path, 20 * profiler.BATCH)
+    with slow_reader(server) as slow, connected(server) as other:
+        slow.sendall(get(b"/users/", b"Connection: close"))
+        assert slow.recv(1) == b"H"
+        for _ in range(3):
+            assert ask(other, get(b"/users/1/")).status == 200
+        assert ask(other, POST).status == 201
+        assert receive(slow).endswith(b"]\n\r\n0\r\n\r\n")
+
+
+def test_list_that_is_read_fast_does_not_hold_up_others(server, users, monkeypatch):
+    """The list has no end before the others are answered."""
+    answered = threading.Event()
+    page = b",".join([b"{}"] * 20_000)
+    monkeypatch.setattr(users, "page", lambda limit, after=0, *_, **__: (page, None if answered.is_set() else 1))
+
+    with connected(server) as fast, connected(server) as other:
+        reader = threading.Thread(target=ask, args=(fast,))
+        reader.start()
+        try:
+            for _ in range(5):
+                assert ask(other, get(b"/users/1/")).status == 404
+            assert ask(other, DELETE).status == 204
+            assert reader.is_alive()
+        finally:
+            answered.set()
+            reader.join()
+
+
+def test_pipelined_requests_do_not_hold_up_others(application):
+    gate = Gate(application)
+    with serving(gate) as server, connected(server) as greedy, connected(server) as other:
+        for connection in (greedy, other):
+            assert ask(connection).status == 200
+        with held_up(server, gate):
+            greedy.sendall(get(b"/greedy") * 500)
+            other.sendall(get(b"/other"))
+        assert answer(other).status == 404
+        assert {response.status for response in answers(greedy, *["GET"] * 500)} == {404}
+    assert gate.paths.count("/greedy") == 500
+    assert gate.paths.index("/other") - gate.paths.index("/gate") <= 3
+
+
+def test_hashing_does_not_hold_up_reads(server, slow_hash):
+    with connected(server) as writer, connected(server) as reader:
+        writer.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        assert ask(reader).status == 200
+        slow_hash.go_on.set()
+        assert answer(writer).status == 201
+
+
+def test_read_that_has_to_wait_does_not_hold_up_others(server, users, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(user_id):
+        if not profiler.this_thread.may_wait:
+            raise profiler.WouldBlock
+        started.set()
+        assert go_on.wait(10)
+        return b"{}"
+
+    monkeypatch.setattr(users, "get", wait)
+    with connected(server) as waiting, connected(server) as other:
+        waiting.sendall(get(b"/users/1/"))
+        assert started.wait(10)
+        assert ask(other).status == 200
+        go_on.set()
+        assert answer(waiting).json == {}
+
+
+def test_search_does_not_hold_up_others(server, users, path, monkeypatch):
+    """A search runs in a worker, with a connection of its own."""
+    fill(path, 1)
+    with connected(server) as searcher, connected(server) as other:
+        with users._searcher.lock:
+            searcher.sendall(get(b"/users/?q=first"))
+            until(lambda: server._workers)
+            assert len(ask(other).json) == 1
+            assert not select.select([searcher], [], [], 0)[0]
+        assert len(answer(searcher).json) == 1
+
+
+def test_write_lock_of_another_process_does_not_hold_up_reads(server, path):
+    with connected(server) as reader, connected(server) as writer:
+        assert ask(reader).status == 200
+        with locked(path):
+            writer.sendall(POST)
+            for request in (GET, get(b"/users/1/"), get(b"/users/?q=x"), get(b"/health/")):
+                assert ask(reader, request).status == (404 if b"/1/" in request else 200)
+            assert not select.select([writer], [], [], 0)[0]
+        assert answer(writer).status == 201
+
+
+def test_file_locked_by_another_process_does_not_hold_up_others(server, path):
+    """An exclusive lock without WAL keeps readers out, too."""
+    fill(path, 1)
+    execute(path, "PRAGMA journal_mode = DELETE")
+    with connected(server) as reader, connected(server) as other:
+        with locked(path, "BEGIN EXCLUSIVE"):
+            reader.sendall(GET)
+            assert ask(other, get(b"/x/")).status == 404
+            assert not select.select([reader], [], [], 0)[0]
+        assert len(answer(reader).json) == 1
+
+
+def test_password_of_a_client_that_has_gone_is_not_hashed_on_busy_cores(path, slow_hash, capfd, monkeypatch):
+    busy = threading.Event()
+
+    class Cores(threading.BoundedSemaphore):
+        def acquire(self, blocking=True, timeout=None):
+            acquired = super().acquire(blocking, timeout)
+            if not acquired:
+                busy.set()
+            return acquired
+
+    monkeypatch.setattr(threading, "BoundedSemaphore", Cores)
+    application = profiler.Application(profiler.Users(str(path), ITERATIONS, hashers=1))
+    with contextlib.closing(application), serving(application) as server, connected(server) as first:
+        first.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        with connected(server) as gone:
+            gone.sendall(POST.replace(b"harry", b"ronny"))
+            assert busy.wait(10)
+        slow_hash.go_on.set()
+        assert answer(first).status == 201
+        until(lambda: len(server.connections) == 1)
+    assert not slow_hash.started.acquire(blocking=False)
+    assert "disconnected" in capfd.readouterr().err
+    assert execute(path, 'SELECT email FROM "user"') == [("harry@example.com",)]
+
+
+# -- log ---------------------------------------------------------------------------------------------------------------
+
+
+def test_access_log_has_common_log_format_without_control_characters(application, capfd):
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        connection.sendall(GET + get(b'/\xff"\\') + get(b"/\x9b2J") + get(b"/\x1b[2J"))
+        receive(connection)
+    first, second, third, fourth = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 3', first
+    )
+    assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
+    assert '"GET /\\x9b2J HTTP/1.1" 404' in third
+    assert '"GET /\\x1b[2J HTTP/1.1" 400' in fourth
+
+
+def test_access_log_has_every_request_of_one_selector_round(application, capfd):
+    gate = Gate(application)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(gate, access_log=True))
+        connections = [stack.enter_context(connected(server)) for _ in range(20)]
+        for connection in connections:
+            assert ask(connection).status == 200
+        with held_up(server, gate):
+            for number, connection in enumerate(connections):
+                connection.sendall(get(b"/%d/" % number) * 3)
+        for connection in connections:
+            assert [response.status for response in answers(connection, *["GET"] * 3)] == [404] * 3
+    logged = collections.Counter(re.findall('"GET /([0-9]+)/ ', capfd.readouterr().err))
+    assert logged == {str(number): 3 for number in range(20)}
+
+
+def test_access_log_shortens_long_request_lines(application, capfd):
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        assert ask(connection, get(b"/" + b"a" * 7000)).status == 404
+    assert 500 < len(capfd.readouterr().err) < 700
+
+
+def test_tracebacks_do_not_interleave(application, users, capfd, monkeypatch):
+    monkeypatch.setattr(users, "delete", lambda *_: 1 / 0)
+    with serving(application) as server, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(server)) for _ in range(4)]
+        for connection in connections:
+            connection.sendall(DELETE * 5)
+        for connection in connections:
+            assert {response.status for response in answers(connection, *["DELETE"] * 5)} == {500}
+    _, *tracebacks = capfd.readouterr().err.split("Traceback (most recent call last):\n")
+    assert len(tracebacks) == 20
+    assert all(traceback.endswith("\nZeroDivisionError: division by zero\n") for traceback in tracebacks)
+
+
+@pytest.mark.parametrize("stderr", [None, io.StringIO()], ids=["none", "without a descriptor"])
+def test_server_works_without_a_log(application, monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(application.users, "get", lambda user_id: 1 / 0)
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        for path_info, status in ((b"/users/", 200), (b"/users/1/", 500), (b"/users/", 200)):
+            assert ask(connection, get(path_info)).status == status
+
+
+def test_log_entries_that_wait_are_limited(application, capfd, monkeypatch):
+    monkeypatch.setattr(profiler, "MAX_PENDING", 3)
+    gate = Gate(application)
+    with serving(gate, access_log=True) as server, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(server)) for _ in range(10)]
+        with held_up(server, gate):
+            for connection in connections:
+                connection.sendall(get(b"/x/"))
+        for connection in connections:
+            assert answer(connection).status == 404
+    assert 1 <= capfd.readouterr().err.count("/x/") < 10
+
+
+# -- graceful shutdown -------------------------------------------------------------------------------------------------
+
+
+def test_shutdown_answers_requests_in_flight_and_closes_idle_connections(application, slow_hash):
+    with serving(application) as server, connected(server) as idle, connected(server) as busy:
+        assert ask(idle).status == 200
+        busy.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        server.stop()
+        assert receive(idle) == b""
+        assert server.connections
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(server.server_address)
+        slow_hash.go_on.set()
+        received = receive(busy)
+    assert received.startswith(b"HTTP/1.1 201 ")
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_shutdown_answers_a_request_that_has_just_arrived(application):
+    gate = Gate(application)
+    with serving(gate) as server, connected(server) as connection:
+        assert ask(connection).status == 200
+        with held_up(server, gate):
+            connection.sendall(GET)
+            server.stop()
+        received = receive(connection)
+    assert statuses(received) == [200]
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_shutdown_completes_a_list_and_then_closes_its_connection(server, users, monkeypatch):
+    """Its head was sent before, without Connection: close."""
+    started, stopped = threading.Event(), threading.Event()
+
+    def page(limit, after=None, *_, **__):
+        if after:
+            started.set()
+            assert stopped.wait(10)
+        return b"{}", None if after else 1
+
+    monkeypatch.setattr(users, "page", page)
+    monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 5)
+    with connected(server) as connection:
+        connection.sendall(GET)
+        assert started.wait(10)
+        server.stop()
+        until(lambda: server.socket.fileno() < 0)
+        stopped.set()
+        begun = time.monotonic()
+        received = receive(connection)
+    assert received.endswith(b"]\n\r\n0\r\n\r\n")
+    assert b"\r\nConnection: close\r\n" not in received
+    assert time.monotonic() - begun < profiler.DRAIN_TIMEOUT / 2
+
+
+def test_shutdown_does_not_wait_for_requests_longer_than_its_timeout(application, slow_hash, monkeypatch):
+    monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 0.05)
+    with serving(application) as server, connected(server) as connection:
+        connection.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        server.stop()
+        assert receive(connection) == b""
+        assert not slow_hash.go_on.is_set()
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_shutdown_resets_a_list_that_it_breaks_off(server, users, monkeypatch, version):
+    """To an HTTP/1.0 client, the end of the stream would be the end of the list."""
+    monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 0.05)
+    monkeypatch.setattr(users, "page", lambda limit, after=None, *_, **__: (b"{}", 1))
+    with connected(server) as connection:
+        connection.sendall(GET.replace(b"1.1", version))
+        assert connection.recv(1) == b"H"
+        server.stop()
+        receive_until_reset(connection)
