@@ -1,9 +1,9 @@
-"""Measure profiler beside its peers, in one run, on databases filled here; write RESULTS.md and results.svg.
+"""Measure profiler next to its peers, in one run, on databases created here; write RESULTS.md and results.svg.
 
     python -m pip install -r bench/requirements.txt
     python bench/run.py [--quick]
 
-Every figure is a median of rounds in which all candidates take turns. HTTP loads need wrk.
+Every figure is a median of rounds in which all candidates take turns. Loads over HTTP need wrk.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def python(*arguments):
 
 
 def profiler_server(*arguments):
-    return python(HERE.parent / "profiler.py", "--port", "PORT", "--no-access-log", *arguments)
+    return python(HERE.parent / "profiler.py", "--port", "PORT", *arguments, "--no-access-log")
 
 
 # -- in process --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def peers(folder, count):
     return {
         "profiler": profiler.create_app(own),
         "profiler, without ETag": without_entity_tag(own),
-        "floor": floor.make_app(own),
+        "floor": floor.make_app(fill(folder, "floor", count)),
         "Falcon": peer_falcon.app,
         "Bottle": peer_bottle.app,
         "Flask": peer_flask.app,
@@ -269,6 +269,11 @@ def measure_http(folder, quick):
         "profiler, gunicorn -w2 --threads 4": (
             python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", "profiler:application"),
             own,
+        ),
+        "profiler, with its access log": (profiler_server()[:-1], own),
+        "Falcon, gunicorn -w2 --threads 4": (
+            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", "peer_falcon:app"),
+            peer,
         ),
         "Flask, flask run": (python("-m", "flask", "--app", flask, "run", "--port", "PORT"), peer),
         "Flask, waitress": (python("-m", "waitress", "--port=PORT", flask), peer),
@@ -465,7 +470,7 @@ def draw(charts, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure profiler beside its peers.")
+    parser = argparse.ArgumentParser(description="Measure profiler next to its peers.")
     parser.add_argument(
         "--quick", action="store_true", help="a minute's look: fewer rounds; RESULTS.md and results.svg stay"
     )
