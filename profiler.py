@@ -37,6 +37,7 @@ try:
     import hmac
     import io
     import json
+    import math
     import os
     import queue
     import re
@@ -119,7 +120,11 @@ _HASH_FORMATS = tuple(
         (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
         (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
         (rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)", str.encode, a2b_base64),
-        (rf"\$pbkdf2-sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z./]{{43}})", _decode, _decode),
+        (
+            rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)\$(?P<digest>[0-9A-Za-z./]{{43}})",
+            _decode,
+            _decode,
+        ),
     )
 )
 
@@ -536,7 +541,7 @@ class Attempts:
             if len(self._failures) > MAX_TRACKED:
                 del self._failures[next(iter(self._failures))]
         if wait > 0:
-            raise TooManyAttempts(int(wait) + 1)
+            raise TooManyAttempts(math.ceil(wait))
 
     def reset(self, account: int | str) -> None:
         """Forget the failures of an account."""
