@@ -1525,7 +1525,7 @@ DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop all
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 ACCEPT_PAUSE = 0.01  # when a connection cannot be accepted
 CHECK_INTERVAL = 0.1  # between checks of the deadlines
-WORKERS = 64  # threads at most: most of them wait for a core or a lock
+WORKERS = 256  # threads at most: most of them wait for a core or a lock
 MAX_CONNECTIONS = 20_000  # if the limit of open files allows
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 RECEIVE_SIZE = 64 * 1024  # bytes per read
@@ -1564,7 +1564,8 @@ class Server(WSGIServer):
         self.selector.register(self._woken, _READ, self._run_finished)
 
     def server_bind(self) -> None:
-        """Bind the socket without a reverse DNS lookup."""
+        """Bind the socket without a reverse DNS lookup. Connections inherit TCP_NODELAY."""
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -1642,6 +1643,9 @@ class Server(WSGIServer):
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
+        if self.log.entries.qsize() and not self.log.is_writing:
+            self.log.is_writing = True
+            self.submit(self.log.write_entries, self.log)
         for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else None):
             key.data()
         now = time.monotonic()
@@ -1649,14 +1653,12 @@ class Server(WSGIServer):
             self._next_check = now + CHECK_INTERVAL
             for connection in [connection for connection in self.connections if connection.deadline < now]:
                 connection.resume(socket.timeout())
-        if self.log.entries.qsize() and not self.log.is_writing:
-            self.log.is_writing = True
-            self.submit(self.log.write_entries, self.log)
 
     def _accept(self) -> None:
         """Accept a connection; at the limit, close the one that has been idle longest."""
         try:
             connection, address = self.socket.accept()
+            connection.setblocking(False)
         except OSError:  # no file descriptor is left, or the client has gone
             if not self._close_idle():
                 time.sleep(ACCEPT_PAUSE)
@@ -1685,8 +1687,6 @@ class Connection:
         self.deadline = float("inf")
         self._events = _NOTHING
         self._steps = self._serve()
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         server.connections[self] = None
         self.resume()
 

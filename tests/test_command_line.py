@@ -17,7 +17,7 @@ import sys
 import zipapp
 
 import pytest
-from conftest import BODY, HARRY, HERE, RON, TOKEN, Answer, execute, fill, post, run_program
+from conftest import BODY, HARRY, HERE, RON, TOKEN, Answer, copy_module, execute, fill, post, run_program
 
 import profiler
 
@@ -27,17 +27,11 @@ needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/limits").exists(), 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
-def copy_files(folder):
-    """Copy the two files that the service needs."""
-    for name in ("profiler.py", "schema.sql"):
-        shutil.copy(HERE / name, folder)
-
-
 class Command:
     """The command in a process of its own, in a folder with nothing but the two files."""
 
     def __init__(self, folder, *arguments, command=(sys.executable, "profiler.py"), stderr=subprocess.PIPE, **environ):
-        copy_files(folder)
+        copy_module(folder)
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=folder,
@@ -90,6 +84,7 @@ def ask(address, method="GET", path="/users/", fields=None, **headers):
 def run(tmp_path, monkeypatch, capsys):
     """Call main in tmp_path. Return the exit status and what was written to stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiler.Server, "serve", lambda server: pytest.fail("it serves"))
 
     def run(*arguments, **environ):
         with monkeypatch.context() as patch:
@@ -212,8 +207,9 @@ def test_no_access_log_is_silent(tmp_path):
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
 def test_closed_or_full_stderr_is_no_failure(tmp_path, redirection):
+    """Nor is the warning about few iterations."""
     shell = ("sh", "-c", f'exec {sys.executable} profiler.py "$@" {redirection}', "sh")
-    with Command(tmp_path, "--port", "0", command=shell, PYTHONUNBUFFERED="") as command:
+    with Command(tmp_path, "--port", "0", "--iterations", "1", command=shell, PYTHONUNBUFFERED="") as command:
         address = command.address()
         for _ in range(2):
             assert ask(address).json == []
@@ -242,7 +238,7 @@ def test_stderr_that_nobody_reads_blocks_neither_requests_nor_shutdown(tmp_path)
 
 def test_stuck_statement_does_not_stop_shutdown(tmp_path):
     """A search that never ends, in a worker."""
-    copy_files(tmp_path)
+    copy_module(tmp_path)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
     program = f"""
 import os, profiler
@@ -261,6 +257,15 @@ profiler.main(["--port", "0", "--no-access-log"])
         assert ask(address).json == []
         assert command.end(signal.SIGTERM) == (0, "", "")
         assert connection.recv(1) == b""
+
+
+@needs_proc
+def test_closed_stderr_is_not_replaced_by_the_database(tmp_path):
+    """What is written to descriptor 2, such as a fatal error of the interpreter, must not end up in a file."""
+    shell = ("sh", "-c", f'exec {sys.executable} profiler.py "$@" 2>&-', "sh")
+    with Command(tmp_path, "--port", "0", command=shell) as command:
+        command.address()
+        assert os.readlink(f"/proc/{command.process.pid}/fd/2") == os.devnull
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -335,7 +340,7 @@ def test_invalid_setting_exits_with_2_and_names_it(run, arguments, environ, mess
 
 
 def test_undecodable_host_exits_with_2_and_no_traceback(tmp_path):
-    copy_files(tmp_path)
+    copy_module(tmp_path)
     environ = {**os.environb, b"PROFILER_HOST": b"\xff"}
     output = subprocess.run([sys.executable, "profiler.py"], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert (output.returncode, output.stdout) == (2, "")
@@ -345,8 +350,17 @@ def test_undecodable_host_exits_with_2_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--token", TOKEN], [f"--token={TOKEN}"]])
 def test_token_is_not_taken_from_the_command_line(run, arguments):
-    """Everybody could read it in the list of processes. It must not count as an abbreviation of --token-file."""
-    assert run(*arguments)[0] == 2
+    """Everybody could read it in the list of processes. It is not an abbreviation of --token-file."""
+    status, _, errors = run(*arguments)
+    assert status == 2
+    assert "--token-file" not in errors.splitlines()[-1]
+
+
+def test_token_file_that_is_not_text_exits_with_2(run, tmp_path):
+    (tmp_path / "tokens").write_bytes(b"\xff" * 20)
+    status, _, errors = run("--token-file", "tokens")
+    assert status == 2
+    assert "--token-file" in errors.splitlines()[-1]
 
 
 @needs_ipv6
@@ -410,7 +424,9 @@ def test_anonymous_opens_other_addresses_and_hosts(tmp_path, arguments, environ)
 )
 def test_few_iterations_are_used_with_a_warning(tmp_path, arguments, environ):
     with Command(tmp_path, "--port", "0", "--no-access-log", *arguments, **environ) as command:
-        assert ask(command.address(), "POST", fields=HARRY).status == 201
+        address = command.address()
+        assert select.select([command.process.stderr], [], [], 10)[0]  # before any request
+        assert ask(address, "POST", fields=HARRY).status == 201
         _, _, errors = command.end(signal.SIGTERM)
     assert errors.count("\n") == 1
     assert "1000 iterations" in errors
@@ -487,14 +503,14 @@ WITHOUT_OPENSSL = "import hashlib; del hashlib.pbkdf2_hmac"
 
 @pytest.mark.parametrize("preparation", [WITHOUT_SQLITE, WITHOUT_OPENSSL])
 def test_python_without_sqlite_or_openssl_is_one_line(tmp_path, preparation):
-    copy_files(tmp_path)
+    copy_module(tmp_path)
     output = run_program(f"{preparation}; import runpy; runpy.run_path('profiler.py', run_name='__main__')", tmp_path)
     assert (output.returncode, output.stdout, output.stderr.count("\n")) == (1, "", 1)
     assert "python3-minimal" in output.stderr
 
 
 def test_importing_without_sqlite_raises_import_error(tmp_path):
-    copy_files(tmp_path)
+    copy_module(tmp_path)
     program = (
         "import sys; sys.modules['sqlite3'] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
     )
@@ -586,7 +602,7 @@ def test_zip_archive_is_served(tmp_path, entry_point):
     """Made by zipapp, of the module or of a copy that is called __main__.py, and run by a relative path."""
     source = tmp_path / "source"
     source.mkdir()
-    copy_files(source)
+    copy_module(source)
     if entry_point is None:
         (source / "profiler.py").rename(source / "__main__.py")
     zipapp.create_archive(source, tmp_path / "p.pyz", sys.executable, entry_point)
@@ -597,7 +613,7 @@ def test_zip_archive_is_served(tmp_path, entry_point):
 
 def test_it_runs_as_a_cgi_program(tmp_path):
     """RFC 3875: a query without "=" becomes arguments, which are the client's and not the operator's."""
-    copy_files(tmp_path)
+    copy_module(tmp_path)
     environ = {
         "REQUEST_METHOD": "POST",
         "PATH_INFO": "/users/",

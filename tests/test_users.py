@@ -176,6 +176,16 @@ def test_hash_stored_as_a_blob_is_verified_and_can_be_changed(client, path):
     client.post_json("/users/verify/", {**HARRY, "password": "5678"}, status=200)
 
 
+@pytest.mark.parametrize("user_id", [0, -1])
+def test_user_with_an_id_below_1_is_listed_and_verified(client, path, user_id):
+    fill(path, 1)
+    execute(
+        path, 'UPDATE "user" SET id = ?, email = ?, password = ?', (user_id, EMAIL, profiler.hash_password("1234", 2))
+    )
+    assert client.post_json("/users/verify/", HARRY, status=200).json == {"id": user_id}
+    assert [user["id"] for user in client.get("/users/?limit=1").json] == [user_id]
+
+
 def test_unique_index_of_an_operator_is_not_reported_as_a_taken_email(application, path):
     fill(path, 1)
     execute(path, 'CREATE UNIQUE INDEX one_family ON "user" (last_name)')
@@ -204,11 +214,11 @@ def test_used_up_ids_are_reported_as_such(application, path):
     assert call(application, path=f"/users/{profiler.MAX_ID}/").status == 200
 
 
-def test_full_disk_is_not_reported_as_used_up_ids(application, path):
+def test_other_errors_are_not_reported_as_used_up_ids(application, path):
     fill(path, 1)
     execute(path, 'CREATE TRIGGER no BEFORE INSERT ON "user" BEGIN INSERT INTO nowhere VALUES (1); END')
     answer = post(application)
-    assert (answer.status, "no such table: main.nowhere" in answer.errors) == (503, True)
+    assert (answer.status, answer.errors) == (503, "profiler: 503: no such table: main.nowhere\n")
 
 
 def test_column_added_while_running_is_no_error(application, path):
@@ -354,22 +364,31 @@ def test_requests_without_hashing_do_not_wait_for_a_core(busy_cores, monkeypatch
     assert put(busy_cores, last_name="P.").status == call(busy_cores).status == 200
 
 
-def test_request_of_a_disconnected_client_is_not_hashed(two_cores, slow_hash, monkeypatch):
+def test_request_of_a_disconnected_client_is_not_hashed(path, slow_hash, monkeypatch):
     """If it had to wait for a core: a queue of abandoned requests would delay all others."""
-    abandoned = {**RON, "email": "abandoned@example.com"}
+    waiting = threading.Semaphore(0)
 
-    def send(fields):
-        profiler.this_thread.is_abandoned = lambda: fields is abandoned
-        return call(two_cores, "POST", fields=fields).status
+    class Cores(threading.BoundedSemaphore):
+        def acquire(self, blocking=True, timeout=None):
+            if blocking:
+                waiting.release()
+            return super().acquire(blocking, timeout)
 
-    with ThreadPoolExecutor(4) as threads:
-        two = [threads.submit(send, {**HARRY, "email": f"{n}@b.c"}) for n in (1, 2)]
-        for _ in two:
-            assert slow_hash.started.acquire(timeout=10)
-        waiting = threads.submit(send, abandoned), threads.submit(send, RON)
+    monkeypatch.setattr(profiler.threading, "BoundedSemaphore", Cores)
+
+    def send(name):
+        profiler.this_thread.is_abandoned = lambda: name == "abandoned"
+        return post(application, json.dumps({**HARRY, "email": f"{name}@example.com"}).encode())
+
+    with contextlib.closing(profiler.Users(str(path), 1, hashers=1)) as users, ThreadPoolExecutor(3) as threads:
+        application = profiler.Application(users)
+        first = threads.submit(send, "first")
+        assert slow_hash.started.acquire(timeout=10)
+        others = [threads.submit(send, name) for name in ("abandoned", "waiting")]
+        assert [waiting.acquire(timeout=10) for _ in others] == [True, True]
         slow_hash.go_on.set()
-        assert [answer.result() for answer in two] == [201, 201]
-        assert [answer.result() for answer in waiting] in ([503, 201], [201, 201])
+        assert [answer.result().status for answer in (first, *others)] == [201, 503, 201]
+    assert execute(path, 'SELECT count(*) FROM "user"') == [(2,)]
 
 
 def test_request_that_did_not_wait_is_hashed_without_asking_for_the_client(two_cores, monkeypatch):
