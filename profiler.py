@@ -65,11 +65,11 @@ if TYPE_CHECKING:
     from typing import Any, Callable, TypeVar, Union
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-    Headers = tuple[tuple[str, str], ...]
-    # Status line, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
-    Response = tuple[str, Union[bytes, Iterator[bytes], None], Headers]
+    # Status, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
+    Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
     # Called inside the transaction with the stored user as JSON, or None; raises to abort the write.
     Guard = Callable[[Union[bytes, None]], object]
+    Path = Union[str, bytes, os.PathLike[str]]
     Result = TypeVar("Result")
     Steps = Generator[Any, Any, Result]
 
@@ -100,7 +100,6 @@ MAX_ITERATIONS = 10_000_000  # about 2-3 s on one core
 MAX_SCRYPT_COST = 2**20  # n * r * p, 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
 SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
-
 _ITERATIONS = "(?P<iterations>[1-9][0-9]{0,7})"
 _N, _R, _P = "(?P<n>[1-9][0-9]{0,7})", "(?P<r>[1-9][0-9]?)", "(?P<p>[1-9][0-9]?)"
 _SALT = "(?P<salt>[^$]*)"
@@ -112,28 +111,18 @@ def _decode(text: str) -> bytes:
 
 
 # Each format: a pattern for the whole hash, and how its salt and its digest are decoded.
-_HASH_FORMATS = tuple(
-    (re.compile(pattern), decode_salt, decode_digest)
-    for pattern, decode_salt, decode_digest in (
-        # This service and Werkzeug; then Werkzeug, Django, Django, passlib.
-        (rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})", str.encode, bytes.fromhex),
-        (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
-        (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
-        (rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)", str.encode, a2b_base64),
-        (
-            rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)\$(?P<digest>[0-9A-Za-z./]{{43}})",
-            _decode,
-            _decode,
-        ),
-    )
+_HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]], ...] = (
+    # This service and Werkzeug; then Werkzeug, Django, Django, passlib.
+    (rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})", str.encode, bytes.fromhex),
+    (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
+    (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
+    (rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)", str.encode, a2b_base64),
+    (rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)\$(?P<digest>[0-9A-Za-z./]{{43}})", _decode, _decode),
 )
 
 
 def hash_password(password: str, iterations: int = ITERATIONS) -> str:
-    """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST` for a password, with a new salt.
-
-    Raise ValueError if the password contains NUL or a lone surrogate, or iterations are not 1 to MAX_ITERATIONS.
-    """
+    """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`. Raise ValueError for NUL, a lone surrogate, wrong iterations."""
     check_iterations(iterations)
     salt = os.urandom(SALT_BYTES).hex()
     digest = pbkdf2_hmac("sha256", _encode(password), salt.encode(), iterations)
@@ -145,11 +134,8 @@ def verify_password(password_hash: str, password: str) -> bool:
 
     A hash that is malformed, unsupported or exceeds the limits above matches no password.
     """
-    parsed = _parse_hash(str(password_hash))
-    if parsed is None:
-        return False
-    derive, digest = parsed
     try:
+        derive, digest = _parse_hash(str(password_hash))
         # Other programs may have hashed the password without normalising it.
         candidates = {_encode(password), password.encode()}
     except ValueError:
@@ -159,12 +145,14 @@ def verify_password(password_hash: str, password: str) -> bool:
 
 def can_verify(password_hash: str) -> bool:
     """Return True if verify_password supports this hash."""
-    return _parse_hash(password_hash) is not None
+    with contextlib.suppress(ValueError):
+        return bool(_parse_hash(password_hash))
+    return False
 
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
     """Return True unless a hash has this service's own format with at least this many iterations."""
-    match = _HASH_FORMATS[0][0].fullmatch(password_hash)
+    match = re.fullmatch(_HASH_FORMATS[0][0], password_hash)
     return match is None or int(match["iterations"]) < iterations
 
 
@@ -174,30 +162,25 @@ def check_iterations(iterations: int) -> None:
         raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
 
 
-def _parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes] | None:
-    """Return the key derivation function and the digest of a stored hash, or None if it cannot be verified here."""
+def _parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes]:
+    """Return the key derivation function and the digest of a hash. Raise ValueError if it cannot be verified here."""
     for pattern, decode_salt, decode_digest in _HASH_FORMATS:
-        if match := pattern.fullmatch(password_hash):
-            try:
-                return _derivation(match, decode_salt(match["salt"])), decode_digest(match["digest"])
-            except ValueError:
-                return None
-    return None
-
-
-def _derivation(match: re.Match[str], salt: bytes) -> Callable[[bytes], bytes]:
-    """Return the key derivation function for the costs in a hash. Raise ValueError if they are excessive."""
+        if match := re.fullmatch(pattern, password_hash):
+            salt, digest = decode_salt(match["salt"]), decode_digest(match["digest"])
+            break
+    else:
+        raise ValueError("unknown format")
     if "iterations" in match.re.groupindex:
         iterations = int(match["iterations"])
         check_iterations(iterations)
-        return lambda password: pbkdf2_hmac("sha256", password, salt, iterations)
+        return lambda password: pbkdf2_hmac("sha256", password, salt, iterations), digest
     n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
     # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of Python have no scrypt.
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
         raise ValueError("unsupported cost of scrypt")
     memory = 128 * r * (n + p + 3)  # bytes: what OpenSSL needs
-    return lambda password: hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=memory)
+    return lambda password: hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=memory), digest
 
 
 def _encode(password: str) -> bytes:
@@ -267,9 +250,9 @@ class _Slot:
 
     def close(self) -> None:
         """Close the connection; it is reopened on next use."""
-        if self.connection:
-            self.connection.close()
-            self.connection = None
+        connection, self.connection = self.connection, None
+        if connection:
+            connection.close()
 
 
 class Database:
@@ -281,7 +264,7 @@ class Database:
             raise ValueError("the database must be a file, because a database in memory is lost with its connection")
         if "://" in path:
             raise ValueError(
-                "for a database URL run `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application"
+                "run `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application for a database URL"
             )
         try:
             # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
@@ -331,14 +314,11 @@ class Database:
             slot.lock.release()
 
     def check_files(self) -> None:
-        """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted.
-
-        A new file would be empty, and what is written to a file without a name is lost.
-        """
+        """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted."""
+        # A new file would be empty, and what is written to a file without a name is lost.
         wal = self._wal if any(slot.connection for slot in self._slots) else None
-        if (self._file and self._file != _identify(self.location)) or (
-            wal and wal != _identify(self.location + "-wal")
-        ):
+        expected = {self.location: self._file, self.location + "-wal": wal}
+        if any(file and file != _identify(path) for path, file in expected.items()):
             raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
 
     def must_exist(self) -> None:
@@ -357,7 +337,6 @@ class Database:
             raise OSError(f"{path} is a name that SQLite uses next to the database: choose another")
         if os.path.lexists(path):
             raise OSError(f"{path} exists: choose a new file")
-        self.check_files()
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -434,9 +413,8 @@ class Database:
 
 def read_schema() -> str:
     """Return the statement of schema.sql that creates the table of users, and nothing else that may be in it."""
-    match = re.search(
-        r'CREATE TABLE[^(;]*\buser\b"?\s*(\(.*?\)[^();]*);', read_file("schema.sql").decode(), re.I | re.S
-    )
+    text = read_file("schema.sql").decode()
+    match = re.search(r'CREATE TABLE[^(;]*\buser\b"?\s*(\(.*?\)[^();]*);', text, re.I | re.S)
     if not match:
         raise Unavailable("schema.sql does not create a table of users: copy the one that belongs to profiler.py")
     return f'CREATE TABLE IF NOT EXISTS "user" {match[1]}'
@@ -459,10 +437,8 @@ def read_file(name: str) -> bytes:
 def _execute(
     connection: sqlite3.Connection, statement: str, parameters: Any = (), deadline: float = 0
 ) -> sqlite3.Cursor:
-    """Execute a statement, retrying until the deadline while another process holds the lock.
-
-    SQLite would retry, too, but it backs off up to 100 ms, so that busy writers starve it.
-    """
+    """Execute a statement, retrying until the deadline while another process holds the lock."""
+    # SQLite would retry, too, but it backs off up to 100 ms, so that busy writers starve it.
     while True:
         try:
             return connection.execute(statement, parameters)
@@ -484,7 +460,6 @@ def _identify(path: str) -> tuple[int, int] | None:
 
 
 def _sync(path: str) -> None:
-    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -515,9 +490,7 @@ class WrongPassword(Exception):
 class TooManyAttempts(Exception):
     """Too many wrong passwords: try again after `retry_after` seconds."""
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__()
-        self.retry_after = retry_after
+    retry_after: int
 
 
 class TableInUse(Exception):
@@ -541,49 +514,20 @@ class Attempts:
             if len(self._failures) > MAX_TRACKED:
                 del self._failures[next(iter(self._failures))]
         if wait > 0:
-            raise TooManyAttempts(math.ceil(wait))
+            error = TooManyAttempts()
+            error.retry_after = math.ceil(wait)
+            raise error
 
     def reset(self, account: int | str) -> None:
-        """Forget the failures of an account."""
         with self._lock:
             self._failures.pop(account, None)
 
 
 # Cast, because another program may have stored anything: json_object takes no BLOB, and created_on may be a number.
-_USER = """json_object(
-    'id', id,
-    'first_name', CAST(first_name AS TEXT),
-    'last_name', CAST(last_name AS TEXT),
-    'email', CAST(email AS TEXT),
-    'created_on', CAST(created_on AS TEXT)
-)"""
+_USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT), 'last_name', CAST(last_name AS TEXT),
+    'email', CAST(email AS TEXT), 'created_on', CAST(created_on AS TEXT))"""
 _GET = f'SELECT {_USER} FROM "user" WHERE id = ?'
-_CONTAINS = r"""AND (
-    first_name LIKE :pattern ESCAPE '\'
-    OR last_name LIKE :pattern ESCAPE '\'
-    OR email LIKE :pattern ESCAPE '\'
-)"""
-
-
-@functools.cache
-def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
-    """Return a SELECT of a page: the users, the id of the last one, and whether more follow."""
-    beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
-    conditions = "AND email = :email COLLATE NOCASE " if by_email else ""
-    conditions += _CONTAINS if by_text else ""
-    # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in Python
-    # makes lists 1.5 times slower.
-    return f"""
-WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) AS count
-    FROM (
-        SELECT id, {_USER} AS user FROM "user"
-        WHERE id {beyond} :after {conditions}
-        ORDER BY id {order} LIMIT :limit
-    )
-)
-SELECT users, last, count = :limit AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
-"""
+_CONTAINS = r"AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\' OR email LIKE :text ESCAPE '\')"
 
 
 class Users(Database):
@@ -593,10 +537,7 @@ class Users(Database):
     """
 
     def __init__(self, database: str, iterations: int = ITERATIONS, hashers: int | None = None) -> None:
-        """Hash new passwords with `iterations`, at most `hashers` at once (default: the number of cores).
-
-        Nothing is opened yet. Raise ValueError for an invalid database or number of iterations; Unavailable.
-        """
+        """Hash at most `hashers` passwords at once (default: the number of cores). Raise ValueError, Unavailable."""
         check_iterations(iterations)
         self.iterations = iterations
         self._hashers = hashers or count_cores()
@@ -625,16 +566,11 @@ class Users(Database):
                 return
 
     def verify(self, email: str, password: str) -> int:
-        """Return the id of the user with this email and password. Raise WrongPassword, TooManyAttempts.
-
-        Upgrades a weak or foreign hash.
-        """
+        """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
         user_id, password_hash = self.find(email) or (None, self._dummy_hash)
-        new_hash = None
         with self._core():
             self._check_password(fold_email(email) if user_id is None else user_id, password_hash, password)
-            if needs_rehash(password_hash, self.iterations):
-                new_hash = hash_password(password, self.iterations)
+            new_hash = hash_password(password, self.iterations) if needs_rehash(password_hash, self.iterations) else ""
         if user_id is None:
             raise WrongPassword
         if new_hash:
@@ -723,15 +659,30 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 
         With `email`, only the user with this email; with `text`, only users with it in a name or the email.
         """
+        beyond, last, order, start = ("<", "min", "DESC", "inf") if descending else (">", "max", "ASC", "-inf")
+        conditions = "" if email is None else "AND email = :email COLLATE NOCASE "
+        conditions += _CONTAINS if text else ""
+        # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in
+        # Python makes lists 1.5 times slower.
+        statement = f"""
+WITH page AS (
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) AS count
+    FROM (
+        SELECT id, {_USER} AS user FROM "user"
+        WHERE id {beyond} :after {conditions}
+        ORDER BY id {order} LIMIT :limit
+    )
+)
+SELECT users, last, count = :limit AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
+"""
         parameters = {
-            "after": (float("inf") if descending else float("-inf")) if after is None else after,
+            "after": float(start) if after is None else after,
             "limit": limit,
             "email": email,
-            "pattern": "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%",
+            "text": "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%",
         }
-        statement = _page_statement(descending, email is not None, bool(text))
-        [(users, last, more)] = self.read(statement, parameters, slow=bool(text))
-        return _utf8(users or b""), last if more else None
+        [(users, last_id, more)] = self.read(statement, parameters, slow=bool(text))
+        return _utf8(users or b""), last_id if more else None
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
@@ -748,9 +699,7 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
         """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
         parameters = {"first_name": None, "last_name": None, "email": None, **fields, "id": user_id}
         statement = """
-UPDATE "user" SET
-    first_name = coalesce(:first_name, first_name),
-    last_name = coalesce(:last_name, last_name),
+UPDATE "user" SET first_name = coalesce(:first_name, first_name), last_name = coalesce(:last_name, last_name),
     email = coalesce(:email, email)
 WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE AND id <> :id)
 """
@@ -769,12 +718,11 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
 
     def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
         """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise as guard."""
-        statement = """
-UPDATE "user" SET password = :new WHERE id = :id AND (:old IS NULL OR CAST(password AS TEXT) = :old)
-"""
+        condition = "id = :id AND (:old IS NULL OR CAST(password AS TEXT) = :old)"
+        fields = {"id": user_id, "old": old, "new": new}
         with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
-            return connection.execute(statement, {"id": user_id, "old": old, "new": new}).rowcount > 0
+            return connection.execute(f'UPDATE "user" SET password = :new WHERE {condition}', fields).rowcount > 0
 
     def count(self) -> int:
         """Return the number of users."""
@@ -786,10 +734,7 @@ UPDATE "user" SET password = :new WHERE id = :id AND (:old IS NULL OR CAST(passw
         self.read(f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table; if it exists and `force` is true, drop it with its users first. Return whether it did.
-
-        Raise TableInUse if it holds users and `force` is false.
-        """
+        """Create the table, with `force` anew. Return whether it did. Raise TableInUse if it holds users."""
         with self.transaction() as connection:
             count = _single(connection.execute('SELECT count(*) FROM "user"').fetchall())
             if count and not force:
@@ -835,7 +780,6 @@ def fold_email(email: str) -> str:
 
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
-    """Call a guard with the user in this transaction."""
     if guard:
         rows = connection.execute(_GET, (user_id,)).fetchall()
         guard(_utf8(rows[0][0]) if rows else None)
@@ -866,6 +810,7 @@ MAX_BRACKETS = 500  # objects and arrays in a body: the JSON parser recurses, at
 JSON = ("Content-Type", "application/json")
 # Of every response. Without X-Frame-Options, any website could find out which ids exist, by <object data>.
 _HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"))
+_STATUS_LINES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
 _DIGITS = re.compile("[0-9]{1,4000}")  # ASCII only, unlike \d; int() takes at most 4,300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -876,24 +821,15 @@ _INVISIBLE = re.compile(
 )
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 # As sent, or as changed in transit by a proxy that compresses: made weak, or with a suffix such as -gzip.
-_ENTITY_TAG = re.compile('(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"')
+_ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
 class HTTPError(Exception):
     """A request that is answered with an error: a status, what the client should change, and extra headers."""
 
-    def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
+    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
-
-    def response(self) -> Response:
-        """Return the error response."""
-        return f"{self.status.value} {self.status.phrase}", to_json({"error": self.message}), (JSON, *self.headers)
-
-
-def bad_request(message: str) -> HTTPError:
-    """Return the exception for a status of 400."""
-    return HTTPError(HTTPStatus.BAD_REQUEST, message)
+        self.status, self.headers = status, headers
 
 
 def to_json(value: object) -> bytes:
@@ -904,43 +840,37 @@ def to_json(value: object) -> bytes:
 def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status line, all headers and the body for a WSGI server. A complete body is a tuple of one part."""
     status, body, extra = response
-    if body is None:
-        return status, [*_HEADERS, *extra], (b"",)  # hypercorn sends no head before the first part
     if isinstance(body, bytes):
-        return status, [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
-    return status, [*_HEADERS, *extra], body
+        return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
+    return _STATUS_LINES[status], [*_HEADERS, *extra], body or (b"",)  # hypercorn sends no head before the first part
 
 
 def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
-    """Return the JSON object in the request body. Raise HTTPError: 400, 408, 411, 413, 415.
-
-    The media types are accepted besides application/json.
-    """
+    """Return the JSON object in a body of this or another media type. Raise HTTPError: 400, 411, 413, 415."""
     media_type, *parameters = environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "").split(";")
     charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
     if media_type not in ("application/json", *media_types) or not charsets <= {"charset=utf-8", "charset=utf8"}:
-        raise HTTPError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Send the body as Content-Type: application/json, in UTF-8")
+        raise HTTPError(415, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise bad_request(f"The body must have at most {MAX_BRACKETS} brackets")
+        raise HTTPError(400, f"The body must have at most {MAX_BRACKETS} brackets")
     try:
         # parse_int=float avoids the quadratic cost of huge integers, which no field needs.
         value = json.loads(body.decode("utf-8-sig"), parse_int=float, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise bad_request("The body must be UTF-8") from None
+        raise HTTPError(400, "The body must be UTF-8") from None
     except ValueError as error:
-        raise bad_request(f"The body must be JSON: {error}") from None
+        raise HTTPError(400, f"The body must be JSON: {error}") from None
     if not isinstance(value, dict):
-        raise bad_request("The body must be a JSON object")
+        raise HTTPError(400, "The body must be a JSON object")
     return value
 
 
-def check_fields(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the values of the named fields. Raise HTTPError: 400."""
-    values = [fields.get(name) for name in names]
-    if any(_is_blank(str(value or "")) for value in values):
-        raise bad_request("Required fields are missing")
-    return list(map(check_field, names, values))
+def check_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Return the named fields. Raise HTTPError: 400."""
+    if any(_is_blank(str(fields.get(name) or "")) for name in names):
+        raise HTTPError(400, "Required fields are missing")
+    return {name: check_field(name, fields[name]) for name in names}
 
 
 def check_field(name: str, value: object) -> str:
@@ -964,7 +894,7 @@ def check_field(name: str, value: object) -> str:
         problem = f"must have at most {MAX_NAME} characters"
     else:
         return value
-    raise bad_request(f"{name} {problem}")
+    raise HTTPError(400, f"{name} {problem}")
 
 
 def read_query(environ: WSGIEnvironment) -> dict[str, str]:
@@ -986,17 +916,14 @@ def make_entity_tag(user: bytes) -> str:
 
 
 def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
-    """Return True if the response to a GET is 304 (RFC 9110 13.2.2). `user` is the stored user as JSON, or None.
-
-    Raise HTTPError: 412 if a precondition fails.
-    """
+    """Return True if the response to a GET is 304 (RFC 9110 13.2.2). Raise HTTPError: 412 if a precondition fails."""
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
     if if_match is not None and not _matches(if_match, user):
-        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user has changed: get it again, then decide")
+        raise HTTPError(412, "The user has changed: get it again, then decide")
     if if_none_match is None or not _matches(if_none_match, user):
         return False
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-        raise HTTPError(HTTPStatus.PRECONDITION_FAILED, "The user matches If-None-Match")
+        raise HTTPError(412, "The user matches If-None-Match")
     return True
 
 
@@ -1009,10 +936,8 @@ def make_guard(environ: WSGIEnvironment) -> Guard | None:
 
 def _matches(field: str, user: bytes | None) -> bool:
     """Return True if a list of ETags contains the user's, or is "*" and there is a user."""
-    tags = [_ENTITY_TAG.fullmatch(tag.strip(" \t")) for tag in field.split(",")]  # ours contain no comma
-    return user is not None and (
-        field.strip(" \t") == "*" or make_entity_tag(user) in [f'{match[1]}"' for match in tags if match]
-    )
+    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in field.split(",")]  # ours contain no comma
+    return user is not None and (tags == ["*"] or make_entity_tag(user) in tags)
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
@@ -1020,32 +945,28 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     length, chunked = environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ
     is_terminated = environ.get("wsgi.input_terminated", False)
     if chunked and not is_terminated:
-        raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
+        raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
     size = parse_length(length) if length and not chunked else 0
-    too_large = HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes")
-    if size > MAX_BODY:
-        raise too_large
-    left, chunks = size or (MAX_BODY + 1 if is_terminated else 0), []
+    limit = size or (MAX_BODY + 1 if is_terminated else 0)
+    body = b""
     try:
-        while left and (chunk := environ["wsgi.input"].read(left)):
-            chunks.append(chunk)
-            left -= len(chunk)
+        while size <= MAX_BODY and (left := limit - len(body)) and (chunk := environ["wsgi.input"].read(left)):
+            body += chunk
     except socket.timeout:
-        raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The body took too long to arrive") from None
+        raise
     except Exception:  # each server has its own exceptions for a broken body
-        raise bad_request("The body could not be read to its end") from None
-    body = b"".join(chunks)
-    if len(body) > MAX_BODY:
-        raise too_large
+        raise HTTPError(400, "The body could not be read to its end") from None
+    if max(size, len(body)) > MAX_BODY:
+        raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
     if len(body) < size:
-        raise bad_request("The body is shorter than its Content-Length")
+        raise HTTPError(400, "The body is shorter than its Content-Length")
     return body
 
 
 def parse_length(text: str) -> int:
     """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
     if not _DIGITS.fullmatch(text):
-        raise bad_request("Content-Length must be a number in decimal digits")
+        raise HTTPError(400, "Content-Length must be a number in decimal digits")
     return int(text)
 
 
@@ -1062,19 +983,18 @@ def _is_blank(text: str) -> bool:
 # request, and what the methods of Users raise. See ROUTES.
 
 _PROFILE = ("first_name", "last_name", "email")
-_SORTS = {"id": False, "-id": True}  # whether a value of `sort` is descending, in JSON:API's spelling
 
 
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 201 with the new id and the user's location. The body has a password, or the hash of one to import."""
     fields = read_object(environ)
     if "password_hash" not in fields:
-        user_id = users.create(*check_fields(fields, (*_PROFILE, "password")))
+        user_id = users.create(**check_fields(fields, (*_PROFILE, "password")))
     elif "password" in fields:
-        raise bad_request("password_hash and password exclude each other: send one of them")
+        raise HTTPError(400, "password_hash and password exclude each other: send one of them")
     else:
-        user_id = users.insert(*check_fields(fields, (*_PROFILE, "password_hash")))
-    return CREATED, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
+        user_id = users.insert(**check_fields(fields, (*_PROFILE, "password_hash")))
+    return 201, to_json({"id": user_id}), (JSON, ("Location", _url(environ, f"users/{user_id}/")))
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1084,21 +1004,21 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
         limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
         after = parse_number(query["after"], "after", 0, MAX_ID) if "after" in query else None
     except ValueError as error:
-        raise bad_request(str(error)) from None
+        raise HTTPError(400, str(error)) from None
     email = check_field("email", query["email"]) if "email" in query else None
     text = check_field("q", query["q"]) if query.get("q") else ""
-    if query.get("sort", "id") not in _SORTS:
-        raise bad_request("sort must be id or -id")
-    descending = _SORTS[query.get("sort", "id")]
+    descending = query.get("sort") == "-id"  # JSON:API's spelling
+    if not descending and query.get("sort", "id") != "id":
+        raise HTTPError(400, "sort must be id or -id")
     page, last = users.page(limit or BATCH, after, descending, email, text)
     if last is None:
-        return OK, b"[%b]\n" % page, (JSON,)
+        return 200, b"[%b]\n" % page, (JSON,)
     if limit is None and email is None and not text:
-        return OK, _array(page, users.batches(last, descending)), (JSON,)
+        return 200, _array(page, users.batches(last, descending)), (JSON,)
     following = {"limit": str(limit or BATCH), "after": str(last)}
     following.update({name: query[name] for name in ("sort", "email", "q") if name in query})
     link = f'<{_url(environ, "users/")}?{urlencode(following, quote_via=quote)}>; rel="next"'  # RFC 8288
-    return OK, b"[%b]\n" % page, (JSON, ("Link", link))
+    return 200, b"[%b]\n" % page, (JSON, ("Link", link))
 
 
 def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
@@ -1106,15 +1026,14 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     user = users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
     if ("HTTP_IF_NONE_MATCH" in environ or "HTTP_IF_MATCH" in environ) and check_preconditions(environ, user):
-        return NOT_MODIFIED, None, (entity_tag,)
-    return OK, user + b"\n", (JSON, entity_tag)
+        return 304, None, (entity_tag,)
+    return 200, user + b"\n", (JSON, entity_tag)
 
 
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 200 with the id. Other fields in the body, such as a password, are ignored."""
-    values = check_fields(read_object(environ), _PROFILE)
-    users.update(user_id, dict(zip(_PROFILE, values)), make_guard(environ))
-    return OK, to_json({"id": user_id}), (JSON,)
+    users.update(user_id, check_fields(read_object(environ), _PROFILE), make_guard(environ))
+    return 200, to_json({"id": user_id}), (JSON,)
 
 
 def patch_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
@@ -1122,35 +1041,31 @@ def patch_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response
     fields = read_object(environ, "application/merge-patch+json")
     changes = {name: check_field(name, fields[name]) for name in _PROFILE if name in fields}
     users.update(user_id, changes, make_guard(environ))
-    return OK, to_json({"id": user_id}), (JSON,)
+    return 200, to_json({"id": user_id}), (JSON,)
 
 
 def delete_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204, whether the user existed or not."""
     users.delete(user_id, make_guard(environ))
-    return NO_CONTENT, None, ()
+    return 204, None, ()
 
 
 def change_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204 if the old password was right."""
-    old_password, new_password = check_fields(read_object(environ), ("old_password", "new_password"))
-    users.change_password(user_id, old_password, new_password, make_guard(environ))
-    return NO_CONTENT, None, ()
+    fields = check_fields(read_object(environ), ("old_password", "new_password"))
+    users.change_password(user_id, **fields, guard=make_guard(environ))
+    return 204, None, ()
 
 
 def reset_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204. The old password is not needed: this is for the holder of the token."""
-    [new_password] = check_fields(read_object(environ), ("new_password",))
-    users.reset_password(user_id, new_password, make_guard(environ))
-    return NO_CONTENT, None, ()
+    users.reset_password(user_id, **check_fields(read_object(environ), ("new_password",)), guard=make_guard(environ))
+    return 204, None, ()
 
 
 def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with the id of the user with this email and password, and the same 403 if either is wrong.
-
-    Not 401, which asks for another token (RFC 9110 15.5.2).
-    """
-    return OK, to_json({"id": users.verify(*check_fields(read_object(environ), ("email", "password")))}), (JSON,)
+    """Return 200 with the user's id, or 403: not 401, which asks for another token (RFC 9110 15.5.2)."""
+    return 200, to_json({"id": users.verify(**check_fields(read_object(environ), ("email", "password")))}), (JSON,)
 
 
 def get_health(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1159,20 +1074,20 @@ def get_health(users: Users, environ: WSGIEnvironment) -> Response:
         users.ping()
     except Exception as error:
         raise Unavailable(str(error)) from error
-    return OK, to_json({"status": "ok"}), (JSON,)
+    return 200, to_json({"status": "ok"}), (JSON,)
 
 
 def get_page(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 200 with index.html, if it is installed. Redirect from the mount point without a slash."""
     page, media_type = read_optional("index.html"), ("Content-Type", "text/html; charset=utf-8")
     if not environ.get("PATH_INFO"):
-        return PERMANENT_REDIRECT, b"", (media_type, ("Location", _url(environ)))
-    return OK, page, (media_type,)
+        return 308, b"", (media_type, ("Location", _url(environ)))
+    return 200, page, (media_type,)
 
 
 def get_document(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 200 with openapi.json, if it is installed."""
-    return OK, read_optional("openapi.json"), (JSON,)
+    return 200, read_optional("openapi.json"), (JSON,)
 
 
 @functools.cache
@@ -1181,11 +1096,9 @@ def read_optional(name: str) -> bytes:
     try:
         return read_file(name)
     except OSError:
-        raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE) from None
+        raise HTTPError(404, NOTHING_HERE) from None
 
 
-OK, CREATED, NO_CONTENT = "200 OK", "201 Created", "204 No Content"
-NOT_MODIFIED, PERMANENT_REDIRECT = "304 Not Modified", "308 Permanent Redirect"
 NOTHING_HERE = "Nothing is here: the users are at /users/"
 
 _ID = "/users/([0-9]{1,19})"
@@ -1203,7 +1116,6 @@ PUBLIC = re.compile("/health/?|/?|/openapi[.]json")  # paths that need no token
 
 
 def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a JSON array page by page."""
     yield b"[" + page
     for page in more:
         if page:  # the rest may have been deleted meanwhile
@@ -1220,17 +1132,18 @@ def _url(environ: WSGIEnvironment, rest: str = "") -> str:
 # -- application -------------------------------------------------------------------------------------------------------
 # The WSGI callable (PEP 3333). The only place that calls start_response, turns errors into responses and logs them.
 
-ERRORS: dict[type[Exception], tuple[HTTPStatus, str]] = {
-    EmailTaken: (HTTPStatus.BAD_REQUEST, "This email is already registered"),
-    NoSuchUser: (HTTPStatus.NOT_FOUND, "Invalid user id"),
-    WrongPassword: (HTTPStatus.FORBIDDEN, "Wrong email or password"),
-    TooManyAttempts: (HTTPStatus.TOO_MANY_REQUESTS, "Too many wrong passwords: try again later"),
-    Busy: (HTTPStatus.SERVICE_UNAVAILABLE, "The service is busy: try again"),
-    Unavailable: (HTTPStatus.SERVICE_UNAVAILABLE, "The database is unavailable: see the server log"),
+ERRORS: dict[type[Exception], tuple[int, str]] = {
+    EmailTaken: (400, "This email is already registered"),
+    NoSuchUser: (404, "Invalid user id"),
+    WrongPassword: (403, "Wrong email or password"),
+    TooManyAttempts: (429, "Too many wrong passwords: try again later"),
+    Busy: (503, "The service is busy: try again"),
+    Unavailable: (503, "The database is unavailable: see the server log"),
+    socket.timeout: (408, "The request took too long to arrive"),
 }
-_INTERNAL_ERROR = (HTTPStatus.INTERNAL_SERVER_ERROR, "Internal server error")
 _TOKEN = re.compile(f"[!-~]{{{MIN_TOKEN},}}")
-_LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+_LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+_is_loopback = functools.lru_cache(maxsize=64)(_LOOPBACK.fullmatch)
 
 
 class Application:
@@ -1250,7 +1163,6 @@ class Application:
             raise ValueError(f"a token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request. Exceptions become responses."""
         try:
             response = self._respond(environ)
         except Exception as error:
@@ -1280,9 +1192,9 @@ class Application:
                 methods = [*handlers, "OPTIONS", "HEAD"] if "GET" in handlers else [*handlers, "OPTIONS"]
                 allow = ("Allow", ", ".join(sorted(methods)))
                 if method == "OPTIONS":
-                    return NO_CONTENT, None, (allow,)
-                raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of: {allow[1]}", allow)
-        raise HTTPError(HTTPStatus.NOT_FOUND, NOTHING_HERE)
+                    return 204, None, (allow,)
+                raise HTTPError(405, f"The method must be one of: {allow[1]}", allow)
+        raise HTTPError(404, NOTHING_HERE)
 
     def _check_access(self, environ: WSGIEnvironment, path: str) -> None:
         """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is not loopback.
@@ -1292,17 +1204,17 @@ class Application:
         """
         if not self.tokens:
             message = "Without a token, only the hosts localhost and 127.0.0.1 are served. Set PROFILER_TOKEN, "
-            raise HTTPError(HTTPStatus.MISDIRECTED_REQUEST, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
+            raise HTTPError(421, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = credentials.strip(" ").encode("utf-8", "surrogatepass")
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)  # all, for a constant time
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
             challenge = ("WWW-Authenticate", "Bearer")
-            raise HTTPError(HTTPStatus.UNAUTHORIZED, "Send the header Authorization: Bearer TOKEN", challenge)
+            raise HTTPError(401, "Send the header Authorization: Bearer TOKEN", challenge)
 
 
 def create_app(
-    database: str | bytes | os.PathLike[str] | None = None,
+    database: Path | None = None,
     *,
     iterations: int | None = None,
     token: str | None = None,
@@ -1319,7 +1231,7 @@ def create_app(
     return Application(open_users(Users, database, iterations), token, anonymous)
 
 
-def open_users(storage: type[Users], database: str | bytes | os.PathLike[str] | None, iterations: int | None) -> Users:
+def open_users(storage: type[Users], database: Path | None, iterations: int | None) -> Users:
     """Return the users in a database, with create_app's defaults. Raise ValueError, Unavailable."""
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or DATABASE
@@ -1347,23 +1259,18 @@ application = app = create_on_first_use(create_app)
 def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return the response for an exception. Log a bug with its traceback, and what else has a message in one line."""
     if isinstance(error, HTTPError):
-        return error.response()
-    status, message = ERRORS.get(type(error), _INTERNAL_ERROR)
-    text = f"profiler: {status.value}: {error}\n" if str(error) else ""
-    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return error.status, to_json({"error": str(error)}), (JSON, *error.headers)
+    status, message = ERRORS.get(type(error), (500, "Internal server error"))
+    text = f"profiler: {status}: {error}\n" if str(error) else ""
+    if status == 500:
         from traceback import format_exception  # slow to import, only needed here
 
         text = "".join(format_exception(type(error), error, error.__traceback__))
     with contextlib.suppress(OSError, ValueError):  # the log is full or closed
         if text:
             environ["wsgi.errors"].write(text)
-    retry_after = getattr(error, "retry_after", None)
-    return HTTPError(status, message, *([("Retry-After", str(retry_after))] if retry_after else [])).response()
-
-
-@functools.lru_cache(maxsize=64)
-def _is_loopback(host: str) -> bool:
-    return _LOOPBACK_HOST.fullmatch(host) is not None
+    headers = [("Retry-After", str(error.retry_after))] if hasattr(error, "retry_after") else []
+    return status, to_json({"error": message}), (JSON, *headers)
 
 
 # -- server: parsing ---------------------------------------------------------------------------------------------------
@@ -1387,45 +1294,50 @@ _ABSOLUTE = re.compile(rf"https?://(?![/?#]|$)({_HOST.pattern})((?:[/?#].*)?)", 
 
 
 def parse_head(head: bytes) -> WSGIEnvironment:
-    """Return the environ for a request head, which includes its empty line.
-
-    Raise HTTPError for what is not plain HTTP/1: 400, 411, 414, 417, 431, 501, 505.
-    """
+    """Return the environ for a request head. Raise HTTPError: 400, 411, 414, 417, 431, 501, 505."""
     check_head_size(head)
     lines = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n").split("\r\n")
     environ, authority = _parse_request_line(lines[0])
     if len(lines) > MAX_HEADER_FIELDS + 1:
-        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send at most {MAX_HEADER_FIELDS} headers")
+        raise HTTPError(431, f"Send at most {MAX_HEADER_FIELDS} headers")
     for line in lines[1:]:
-        _add_field(environ, line)
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise HTTPError(400, "A header must be one line, `Name: value`, without control characters")
+        name, value = match[1].upper(), match[2].strip(" \t")
+        if "_" in name:  # X_Y and X-Y are the same key in an environ
+            continue
+        key = "HTTP_" + name.replace("-", "_")
+        if key in environ:
+            if name in ("HOST", "CONTENT-LENGTH"):  # RFC 9112 3.2, 6.3; even if both are equal
+                raise HTTPError(400, f"Send one {name.title()}")
+            value = f"{environ[key]}, {value}"  # RFC 9110 5.3
+        environ[key] = value
+    _check_framing(environ)
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
-    _check_framing(environ)
     if authority:  # absolute-form targets override Host (RFC 9112 3.2.2)
         environ["HTTP_HOST"] = authority
     return environ
 
 
 def check_incomplete_head(head: bytes) -> None:
-    """Raise HTTPError if the head received so far cannot become a valid one: 400, 414, 431, 505.
-
-    This answers TLS and other protocols at once.
-    """
+    """Raise HTTPError for TLS and whatever else cannot become a valid head: 400, 414, 431, 505."""
     check_head_size(head)
     text = head.decode("latin-1")
     line, newline, _ = text.removeprefix("\r\n").partition("\n")
     if newline:
         _parse_request_line(line.removesuffix("\r"))
     elif not _REQUEST_START.fullmatch(text):
-        raise bad_request("Speak plain HTTP/1.1, not TLS: this port has no https")
+        raise HTTPError(400, "Speak plain HTTP/1.1, not TLS: this port has no https")
 
 
 def check_head_size(head: bytes) -> None:
     """Raise HTTPError if the head received so far is too long: 414, 431."""
     if len(head) > MAX_REQUEST_LINE and b"\n" not in head.removeprefix(b"\r\n")[:MAX_REQUEST_LINE]:
-        raise HTTPError(HTTPStatus.REQUEST_URI_TOO_LONG, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
+        raise HTTPError(414, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     if len(head) > MAX_HEAD:
-        raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Send a head of at most {MAX_HEAD} bytes")
+        raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
 
 
 def wants_close(environ: WSGIEnvironment) -> bool:
@@ -1448,57 +1360,40 @@ def _parse_request_line(line: str) -> tuple[WSGIEnvironment, str]:
     """Return the environ of the request line, and the authority of an absolute target. Raise HTTPError: 400, 505."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise bad_request("The request line must be `METHOD /path HTTP/1.1`")
+        raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`")
     method, target, version = match.groups()
     if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
-        raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "Use HTTP/1.1 or HTTP/1.0")
+        raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
     authority = ""
     if target[0] != "/" and target != "*":
         absolute = _ABSOLUTE.fullmatch(target)
         if not absolute:
-            raise bad_request("The request target must be a path")
+            raise HTTPError(400, "The request target must be a path")
         authority, target = absolute.groups()
     path, _, query = target.partition("?")
-    environ = {
+    return {
         "REQUEST_METHOD": method,
         "PATH_INFO": unquote(path, "latin-1"),
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": f"HTTP/{version}",
-    }
-    return environ, authority
-
-
-def _add_field(environ: WSGIEnvironment, line: str) -> None:
-    """Add a header to an environ. Raise HTTPError: 400."""
-    match = _FIELD_LINE.fullmatch(line)
-    if not match:
-        raise bad_request("A header must be one line, `Name: value`, without control characters")
-    name, value = match[1].upper(), match[2].strip(" \t")
-    if "_" in name:  # X_Y and X-Y are the same key in an environ
-        return
-    key = "HTTP_" + name.replace("-", "_")
-    if key == "HTTP_CONTENT_LENGTH":
-        parse_length(value)
-    if key in environ:
-        if key in ("HTTP_HOST", "HTTP_CONTENT_LENGTH"):  # RFC 9112 3.2, 6.3; even if both are equal
-            raise bad_request(f"Send one {name.title()}")
-        value = f"{environ[key]}, {value}"  # RFC 9110 5.3
-    environ[key] = value
+    }, authority
 
 
 def _check_framing(environ: WSGIEnvironment) -> None:
     """Reject an ambiguous Host and ambiguous framing of the body. Raise HTTPError: 400, 411, 417, 501."""
+    if "HTTP_CONTENT_LENGTH" in environ:
+        parse_length(environ["HTTP_CONTENT_LENGTH"])
     http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST.fullmatch(environ.get("HTTP_HOST", "")):  # RFC 9112 3.2
-        raise bad_request("Send one Host, such as localhost:5000")
+        raise HTTPError(400, "Send one Host, such as localhost:5000")
     if http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
-        raise HTTPError(HTTPStatus.EXPECTATION_FAILED, "The only supported Expect is 100-continue")
+        raise HTTPError(417, "The only supported Expect is 100-continue")
     if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
-        if environ["CONTENT_LENGTH"]:
-            raise bad_request("Send either a Content-Length or a Transfer-Encoding")
+        if "HTTP_CONTENT_LENGTH" in environ:
+            raise HTTPError(400, "Send either a Content-Length or a Transfer-Encoding")
         if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
-            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "This server takes no chunked body: send a Content-Length")
-        raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send a Content-Length")
+            raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
+        raise HTTPError(501, "Transfer-Encoding is not supported: send a Content-Length")
 
 
 @functools.lru_cache(maxsize=1)
@@ -1522,6 +1417,7 @@ BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
+LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 ACCEPT_PAUSE = 0.01  # when a connection cannot be accepted
 CHECK_INTERVAL = 0.1  # between checks of the deadlines
@@ -1554,9 +1450,9 @@ class Server(WSGIServer):
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
-        # A job is a function, and the Connection or Log to resume with its result.
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection | Log] | None] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[tuple[Connection | Log, Exception | None, object]] = queue.SimpleQueue()
+        # A job is a function, and the connection to resume with its result.
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection] | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[Connection, Exception | None, object]] = queue.SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         for end in (self.socket, self._woken, self._waker):
             end.setblocking(False)
@@ -1579,6 +1475,9 @@ class Server(WSGIServer):
 
     def serve(self) -> None:
         """Serve until stop() is called. Then give requests in flight DRAIN_TIMEOUT to finish, and close everything."""
+        log_writer = threading.Thread(target=self.log.write_entries, daemon=True)
+        with contextlib.suppress(RuntimeError):  # the system has no more threads: nothing is logged
+            log_writer.start()
         this_thread.may_wait = False
         while not self.stopping:
             self._serve_round()
@@ -1587,43 +1486,46 @@ class Server(WSGIServer):
         for connection in list(self.idle):
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_RD)  # requests that have arrived are answered
-        self._serve_until(lambda: not self.connections, DRAIN_TIMEOUT)
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while self.connections and time.monotonic() < deadline:
+            self._serve_round()
         for connection in list(self.connections):
             connection.close()
-        self._serve_until(lambda: not (self.log.is_writing or self.log.entries.qsize()), LOG_TIMEOUT)
         this_thread.may_wait = True
         for resource in (self.selector, self._woken, self._waker):
             resource.close()
         for _ in range(self._workers):
             self._jobs.put(None)
+        self.log.entries.put(None)
+        if log_writer.is_alive():
+            log_writer.join(LOG_TIMEOUT)
 
-    def submit(self, function: Callable[[], object], owner: Connection | Log) -> None:
+    def submit(self, function: Callable[[], object], owner: Connection) -> None:
         """Run a function in a worker, and then resume its owner in this thread."""
         self._busy += 1
         if self._workers < min(self._busy, WORKERS):
             with contextlib.suppress(RuntimeError):  # the system has no more threads
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
-        if self._workers:
-            self._jobs.put((function, owner))
-        else:
+        self._jobs.put((function, owner))
+        if not self._workers:
+            self._jobs.put(None)
             this_thread.may_wait = True
-            self._run(function, owner)
+            self._work()
             this_thread.may_wait = False
 
     def _work(self) -> None:
+        """Run jobs until one is None."""
         while job := self._jobs.get():
-            self._run(*job)
-
-    def _run(self, function: Callable[[], object], owner: Connection | Log) -> None:
-        this_thread.is_abandoned = owner.is_abandoned
-        try:
-            self._finished.put((owner, None, function()))
-        except OSError as error:  # which must not be taken for an error of the connection
-            self._finished.put((owner, Unavailable(str(error)), None))
-        except Exception as error:
-            self._finished.put((owner, error, None))
-        self._wake()
+            function, owner = job
+            this_thread.is_abandoned = owner.is_abandoned
+            try:
+                self._finished.put((owner, None, function()))
+            except OSError as error:  # which must not be taken for an error of the connection
+                self._finished.put((owner, Unavailable(str(error)), None))
+            except Exception as error:
+                self._finished.put((owner, error, None))
+            self._wake()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it will wake anyway, or is closed
@@ -1636,16 +1538,8 @@ class Server(WSGIServer):
             owner, error, result = self._finished.get()
             owner.resume(error, result)
 
-    def _serve_until(self, is_done: Callable[[], bool], timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not is_done() and time.monotonic() < deadline:
-            self._serve_round()
-
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
-        if self.log.entries.qsize() and not self.log.is_writing:
-            self.log.is_writing = True
-            self.submit(self.log.write_entries, self.log)
         for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else None):
             key.data()
         now = time.monotonic()
@@ -1669,7 +1563,6 @@ class Server(WSGIServer):
             Connection(self, connection, address[0])
 
     def _close_idle(self) -> bool:
-        """Close the connection that has been idle longest. Return whether there was one."""
         connection = next(iter(self.idle), None)
         if connection:
             connection.close()
@@ -1680,7 +1573,6 @@ class Connection:
     """One connection and its requests. Generators yield an event to wait for, or a function to run in a worker."""
 
     def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
-        """Serve a connection that was just accepted."""
         self.server, self.socket, self.client = server, connection, client
         self.received = self.head = b""  # read but not used yet; the head of the current request
         self.is_last = False  # whether the current request is the last one
@@ -1694,17 +1586,16 @@ class Connection:
         """Continue until the next wait, with the result of the last one."""
         try:
             wanted = self._steps.throw(error) if error else self._steps.send(result)
-        except (StopIteration, OSError):
-            self.close()
-        except Exception as bug:
-            error_response(bug, self.server.base_environ)  # logs it
+        except Exception as reason:
+            if not isinstance(reason, (StopIteration, OSError)):
+                error_response(reason, self.server.base_environ)  # logs it
             self.close()
         else:
-            is_event = isinstance(wanted, int)
-            self._wait_for(wanted if is_event else _NOTHING)
-            if not is_event:
+            if callable(wanted):
                 self.deadline = float("inf")
                 self.server.submit(wanted, self)
+                wanted = _NOTHING
+            self._wait_for(wanted)
 
     def close(self) -> None:
         """Close the connection and forget it."""
@@ -1734,7 +1625,7 @@ class Connection:
             else:
                 self.server.idle[self] = None
                 self.deadline = time.monotonic() + IDLE_TIMEOUT
-                self.received = yield from self._receive()
+                yield from self._receive()
                 del self.server.idle[self]
                 if not self.received:
                     return
@@ -1742,10 +1633,8 @@ class Connection:
                 environ = yield from self._receive_request()
                 status, headers, body = yield from self._run_application(environ)
             except (HTTPError, socket.timeout) as error:
-                if not isinstance(error, HTTPError):
-                    error = HTTPError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive")
                 self.is_last = True
-                status, headers, body = to_wsgi(error.response())
+                status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
                 body = (b"",) if self.head.startswith(b"HEAD ") else body
             yield from self._respond(status, headers, body)
         yield from self._linger()
@@ -1758,7 +1647,7 @@ class Connection:
             self.head = self.received
             check_incomplete_head(self.received)
             searched = len(self.received)
-            yield from self._receive_more("The head ends before its empty line")
+            yield from self._receive("The head ends before its empty line")
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]
         environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
         length = int(environ["CONTENT_LENGTH"] or 0)
@@ -1768,49 +1657,39 @@ class Connection:
             yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
         self.deadline = time.monotonic() + BODY_TIMEOUT
         while len(self.received) < length:
-            yield from self._receive_more("The body is shorter than its Content-Length")
+            yield from self._receive("The body is shorter than its Content-Length")
         environ["wsgi.input"] = io.BytesIO(self.received[:length])
         self.received = self.received[length:]
         return environ
 
-    def _receive_more(self, problem: str) -> Steps[None]:
-        """Receive some bytes. Raise HTTPError if there are no more, OSError."""
-        more = yield from self._receive()
-        if not more:
-            raise bad_request(problem)
-        self.received += more
-
-    def _receive(self) -> Steps[bytes]:
-        """Return some bytes, or b"" at the end of the stream. Raise OSError, among them socket.timeout."""
+    def _receive(self, problem: str = "") -> Steps[None]:
+        """Receive some bytes. At the end of the stream, raise HTTPError if that is a problem. Raise OSError."""
         yield _READ
-        return self.socket.recv(RECEIVE_SIZE)
+        more = self.socket.recv(RECEIVE_SIZE)
+        self.received += more
+        if problem and not more:
+            raise HTTPError(400, problem)
 
     def _send(self, message: bytes) -> Steps[None]:
         """Send a message. Raise OSError, among them socket.timeout if the client stops reading."""
-        while True:
+        while message:
             try:
                 message = message[self.socket.send(message) :]
             except BlockingIOError:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield _WRITE
-            else:
-                if not message:
-                    return
 
     def is_abandoned(self) -> bool:
         """Return True if the client has closed the connection, or its sending side."""
         try:
             return not self.socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
         self._started = status, headers
 
     def _run_application(self, environ: WSGIEnvironment) -> Steps[Any]:
-        """Return the status, the headers and the body of the application's response."""
         run = functools.partial(self.server.application, environ, self._start_response)
         try:
             body = run() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else (yield run)
@@ -1841,65 +1720,55 @@ class Connection:
         finally:
             if not is_complete:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
-            self._log_request(status, size)
+            if self.server.access_log:
+                self._log_request(status, size)
 
     def _linger(self) -> Steps[None]:
         """Read on: closing with unread input resets the connection and may lose the response (RFC 9112 9.6)."""
         self.socket.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + BODY_TIMEOUT
-        more = b"?"
-        while more:
-            self.deadline = min(end, time.monotonic() + LINGER_TIMEOUT)
-            more = yield from self._receive()
-
-    def _request_line(self) -> str:
-        """Return the request line for the log, without control characters."""
-        line = self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED]
-        return line.decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
+        end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
+        while self.received:
+            self.deadline, self.received = min(end, time.monotonic() + LINGER_TIMEOUT), b""
+            yield from self._receive()
 
     def _log_request(self, status: str, size: int) -> None:
-        """Log a request in Common Log Format."""
-        if self.server.access_log:
-            moment = _log_time(int(time.time()))
-            self.server.log.write(f'{self.client} - - [{moment}] "{self._request_line()}" {status[:3]} {size}\n')
+        """Log a request in Common Log Format, without control characters."""
+        line = self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED]
+        text = line.decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
+        moment = _log_time(int(time.time()))
+        self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
 
 
 class Log(io.TextIOBase):
-    """wsgi.errors: keeps entries until a worker writes them to stderr. What stderr does not take is dropped."""
+    """wsgi.errors: keeps entries until a thread writes them to stderr. What stderr does not take is dropped."""
 
     def __init__(self) -> None:
-        self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.is_writing = False
-
-    def is_abandoned(self) -> bool:
-        """Return False: entries are always worth writing."""
-        return False
-
-    def resume(self, error: Exception | None, result: object) -> None:
-        """Allow the next write."""
-        self.is_writing = False
+        self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def write(self, text: str) -> int:
-        """Keep an entry to be written."""
         if self.entries.qsize() < MAX_PENDING:
             self.entries.put(text)
         return len(text)
 
     def write_entries(self) -> None:
-        """Write all entries at once, and not through sys.stderr's buffer, which would block the interpreter's exit."""
-        text = "".join([self.entries.get() for _ in range(self.entries.qsize())])
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed or full
-            os.write(sys.stderr.fileno(), text.encode("utf-8", "backslashreplace"))
+        """Write entries, many at once, until one is None. sys.stderr's buffer would block the interpreter's exit."""
+        entries: list[str | None] = []
+        while None not in entries:
+            entries = [self.entries.get()]
+            time.sleep(LOG_INTERVAL)
+            entries += [self.entries.get() for _ in range(self.entries.qsize())]
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed or full
+                os.write(sys.stderr.fileno(), "".join(filter(None, entries)).encode("utf-8", "backslashreplace"))
 
 
 def _raise_file_limit() -> int:
     """Let this process open as many files as it may at most. Return how many."""
-    try:
+    most = -1
+    with contextlib.suppress(ImportError):  # Windows has no such limit
         from resource import RLIMIT_NOFILE, getrlimit, setrlimit
-    except ImportError:  # Windows has no such limit
-        return MAX_CONNECTIONS
-    most = getrlimit(RLIMIT_NOFILE)[1]
-    setrlimit(RLIMIT_NOFILE, (most, most))
+
+        most = getrlimit(RLIMIT_NOFILE)[1]
+        setrlimit(RLIMIT_NOFILE, (most, most))
     return most if most > 0 else MAX_CONNECTIONS
 
 
@@ -1924,24 +1793,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tuple[argparse.ArgumentParser, Any]:
     """Return the parser of the command line, and its subparsers. `run` is the function of a command."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="User accounts over HTTP. Without a command: serve them.",
-        epilog="Environment variables for what no option sets: PROFILER_HOST, PROFILER_PORT or PORT, "
-        "PROFILER_DATABASE, PROFILER_TOKEN, PROFILER_ANONYMOUS, PROFILER_ITERATIONS.",
-        allow_abbrev=False,
-    )
+    variables = "PROFILER_HOST, PROFILER_PORT or PORT, PROFILER_DATABASE, PROFILER_TOKEN, PROFILER_ANONYMOUS"
+    epilog = f"Environment variables for what no option sets: {variables}, PROFILER_ITERATIONS."
+    text = "User accounts over HTTP. Without a command: serve them."
+    parser = argparse.ArgumentParser(prog, description=text, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
     add("--host", help=f"the address to listen on ({HOST})")
     add("--port", help=f"the port; 0 is any free one ({PORT})")
     add("--database", help=f"{database} ({DATABASE})")
-    add(
-        "--token-file",
-        metavar="PATH",
-        type=_read_file,
-        dest="token",
-        help="a file of tokens, one per line; every request must carry one of them",
-    )
+    add("--token-file", metavar="PATH", dest="token", type=_read_file, help="tokens, one per line, to require")
     add("--anonymous", action="store_true", default=None, help="serve everybody who reaches the port, without a token")
     add("--iterations", type=int, help=f"of PBKDF2, for new passwords ({ITERATIONS})")
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
@@ -1984,9 +1844,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, sto
 def _serve(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     environ = os.environ.get
-    own_port = environ("PROFILER_PORT", "")
-    if own_port.startswith("tcp://"):  # set by Kubernetes for a Service named "profiler"; not our setting
-        own_port = ""
+    # Kubernetes sets it to tcp://... for a Service named "profiler".
+    own_port = re.sub("tcp://.*", "", environ("PROFILER_PORT", ""))
     port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
     host = arguments.host or environ("PROFILER_HOST") or HOST
     try:
@@ -2007,12 +1866,12 @@ def _serve(arguments: argparse.Namespace, users: Users) -> None:
     with server:
         if users.iterations < ITERATIONS:
             server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
-        signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows; nohup
+            signals.append(signal.SIGHUP)
         for signum in signals:
-            if signum != getattr(signal, "SIGHUP", None) or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-                signal.signal(signum, server.stop)
-        path = "users/"
-        name = f"[{ip}]" if ":" in ip else ip
+            signal.signal(signum, server.stop)
+        name, path = f"[{ip}]" if ":" in ip else ip, "users/"
         with contextlib.suppress(HTTPError):
             path = "" if read_optional("index.html") else path
         print(f"http://{name}:{server.server_port}/{path}")

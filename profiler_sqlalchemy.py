@@ -1,15 +1,17 @@
-"""Users in PostgreSQL, MySQL or MariaDB, for whoever outgrows one file: a storage of profiler in SQLAlchemy Core.
+"""Users in PostgreSQL, MySQL or MariaDB, for services that outgrow one SQLite file: a storage of profiler.
 
-    PROFILER_DATABASE=postgresql://app:secret@db.example/app python profiler.py
+    gunicorn profiler_sqlalchemy:application
+    python -m profiler_sqlalchemy --database postgresql://app:secret@db.example/app
     python -m profiler_sqlalchemy copy db.sqlite3 mysql://app@127.0.0.1/app
 
-The module profiler imports this one when its database is a URL; the rules and the answers are the same, byte for byte.
+It has the options, commands and environment variables of profiler, which provides the rules, the HTTP interface and the
+server; here, a database is a URL or a path. Responses are the same on every database, byte for byte.
 Install it with `pip install 'profiler-users[postgresql]'` or `'profiler-users[mysql]'`.
 """
 
 from __future__ import annotations
 
-import argparse
+import configparser
 import contextlib
 import json
 import logging
@@ -17,42 +19,36 @@ import os
 import random
 import re
 import sqlite3
-import string
 import sys
 import time
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 import sqlalchemy
-from sqlalchemy import BigInteger, Column, DateTime, Identity, String, Table, Text, bindparam, func, select
-from sqlalchemy.dialects.sqlite import DATETIME as SQLITE_DATETIME
+from sqlalchemy import BigInteger, Column, DateTime, Identity, String, Table, Text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    IntegrityError,
-    NoSuchModuleError,
-    OperationalError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.schema import CreateTable
 
 import profiler
 from profiler import Busy, EmailTaken, NoSuchUser, TableInUse, Unavailable
 
 TYPE_CHECKING = False  # as in profiler
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import argparse
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from typing import Any, Callable, TypeVar
 
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.sql import Executable
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-    from profiler import Check
+    from profiler import Guard
 
     Result = TypeVar("Result")
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
-DRIVERS = {  # what a URL may begin with, and what SQLAlchemy calls that
+DRIVERS = {  # from the scheme of a URL to SQLAlchemy's
     "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg",
     "postgresql+psycopg": "postgresql+psycopg",
@@ -61,124 +57,172 @@ DRIVERS = {  # what a URL may begin with, and what SQLAlchemy calls that
     "mariadb": "mysql+pymysql",
     "mariadb+pymysql": "mysql+pymysql",
 }
-# Of a connection, so that no server that is silent, and no network that is gone, holds a request for long. In seconds,
-# but tcp_user_timeout and statement_timeout are in milliseconds. What the URL's query sets goes before these.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "postgresql": {
-        "connect_timeout": 5,
-        "application_name": "profiler",
-        "client_encoding": "utf8",
-        "keepalives_idle": 5,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 10_000,
-        "options": "-c statement_timeout=10000",
-    },
-    "mysql": {
-        "connect_timeout": 5,
-        "read_timeout": 10,
-        "write_timeout": 10,
-        "charset": "utf8mb4",
-        # A server that is not strict cuts what is too long, in silence.
-        "init_command": "SET SESSION sql_mode='TRADITIONAL', innodb_lock_wait_timeout=5",
-    },
-}
 POOL_SIZE = 8  # connections of a process
-POOL_TIMEOUT = 5.0  # seconds that a request waits for one of them
-ATTEMPTS = 3  # at what the database rolled back for the sake of others
-MAKE_ATTEMPTS = 5  # at the table, while other processes make it
-PAUSE = 0.1  # seconds between attempts, at most
+
+# A request takes little more than TIMEOUT. All in seconds.
+TIMEOUT = 10  # for a statement
+LOCK_TIMEOUT = 5  # for a row that others have locked, on MySQL and MariaDB
+CONNECT_TIMEOUT = 5  # to connect to a host
+POOL_TIMEOUT = 2.0  # to wait for a connection of the pool
+RETRY_TIME = 2.0  # from the start of a request to its last attempt
+PING_AFTER = 1.0  # of idle time, before a write
+GRACE = 1.0  # after TIMEOUT, before a connection that waits is closed
+PAUSE = 0.1  # between attempts, at most
+ATTEMPTS = 3
 COPY_BATCH = 1000  # users
 
-# SQLSTATEs of PostgreSQL, and error numbers of MySQL and MariaDB.
-TAKEN = ("23505", 1062)  # another row has the key
-ROLLED_BACK = ("40001", "40P01", 1213, 1205)  # another transaction went first: a deadlock, or the like
-CHANGED = ("25006", 1290, 1792, 1836, "42P01", 1146)  # the server is read-only now; the table is gone
+# SQLSTATEs of PostgreSQL; error numbers of MySQL and MariaDB.
+DUPLICATE_KEY = ("23505", 1062)
+ROLLED_BACK = ("40001", "40P01", 1213, 1205)  # deadlocks, and conflicts with other transactions
+STALE_STATEMENT = ("0A000", "26000", "42P05")  # a prepared statement does not fit the table, or is gone
+READ_ONLY = ("25006", 1290, 1792, 1836)  # the server has become a standby
 
 
-# -- table -------------------------------------------------------------------------------------------------------------
-# `email` is as it was told; `email_key` is as it is compared. A column of its own, for MariaDB has no index on an
-# expression, and no engine's own lower() stops at ASCII whatever the locale. Collations that compare bytes, because
-# others take é for e, and all emoji for one.
+# -- dialects ----------------------------------------------------------------------------------------------------------
+# `email` is as entered, `email_key` as compared: MariaDB has no index on an expression, and lower() of every database
+# depends on its locale. Both compare bytes, because other collations equate e and é, or all emoji.
 
-_METADATA = sqlalchemy.MetaData()
-_SQLITE_TIME = SQLITE_DATETIME(truncate_microseconds=True)  # type: ignore[no-untyped-call]
 _USERS = Table(
     "user",
-    _METADATA,
+    sqlalchemy.MetaData(),
     Column("id", BigInteger, Identity(), primary_key=True),
     Column("first_name", String(255), nullable=False),
     Column("last_name", String(255), nullable=False),
     Column("email", String(254), nullable=False),
     Column("email_key", String(254).with_variant(String(254, "C"), "postgresql"), nullable=False, unique=True),
     Column("password", Text, nullable=False),
-    Column("created_on", DateTime().with_variant(_SQLITE_TIME, "sqlite"), nullable=False),  # in UTC
+    Column("created_on", DateTime, nullable=False),  # in UTC
     mysql_engine="InnoDB",
     mysql_charset="utf8mb4",
     mysql_collate="utf8mb4_bin",
 )
-_user = _USERS.c
-_PUBLIC = _user["id", "first_name", "last_name", "email", "created_on"]  # in the order of the answer
-_CARRIED = [column for column in _user if column is not _user.email_key]  # which SQLite's table has not
-
-_FIND = select(_user.id, _user.password).where(_user.email_key == bindparam("key"))
-_GET = select(*_PUBLIC).where(_user.id == bindparam("user_id"))
-_GET_PASSWORD = select(_user.password).where(_user.id == bindparam("user_id"))
-_COUNT = select(func.count()).where(_user.id > 0)  # what is below is nobody's
-_CHECK = select(_USERS).limit(1)
-
-_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
-def _key(email: str) -> str:
-    """Return what is compared of an email: all of it but the case of ASCII's letters, as SQLite's NOCASE does."""
-    return email.translate(_LOWER)
+class _Dialect(NamedTuple):
+    """The SQL in which the databases differ."""
+
+    table: str
+    exists: str  # the table
+    created_on: str  # as text, so that no stored value is outside Python's range
+    contains: str  # the condition that a column contains a text
+    returning: str
+    last_id: str  # the highest id that was ever used
+    set_last_id: str
+    backup: str  # the program for it
+
+
+_DIALECTS = {
+    "postgresql": _Dialect(
+        table='"user"',
+        exists="""SELECT 1 WHERE to_regclass('"user"') IS NOT NULL""",
+        # JSON has the ISO format whatever DateStyle is.
+        created_on="replace(to_jsonb(date_trunc('second', created_on)) #>> '{}', 'T', ' ')",
+        contains="""{} COLLATE "C" ILIKE %(pattern)s ESCAPE '!'""",
+        returning="RETURNING id",
+        last_id="""
+SELECT last_value FROM pg_sequences
+WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"', 'id')
+""",
+        set_last_id="SELECT setval(pg_get_serial_sequence('\"user\"', 'id'), {0})",
+        backup="pg_dump",
+    ),
+    "mysql": _Dialect(
+        table="user",
+        exists="SHOW TABLES LIKE 'user'",
+        created_on="LEFT(created_on, 19)",
+        contains="LOWER({}) LIKE LOWER(%(pattern)s) ESCAPE '!'",
+        returning="",
+        last_id="SHOW CREATE TABLE user",
+        set_last_id="ALTER TABLE user AUTO_INCREMENT = {1}",
+        backup="mariadb-dump or mysqldump",
+    ),
+}
 
 
 def _to_json(rows: Sequence[Any]) -> bytes:
-    """Return the users as JSON objects with commas between. An encoder would take twice as long for a dict of each."""
+    """Return users as comma-separated JSON objects. An encoder with a dict for each takes twice as long."""
     quote = json.encoder.encode_basestring
     users = [
         f'{{"id":{user_id},"first_name":{quote(first_name)},"last_name":{quote(last_name)},"email":{quote(email)},'
-        f'"created_on":"{created_on.isoformat(" ", "seconds")}"}}'
+        f'"created_on":{quote(created_on)}}}'
         for user_id, first_name, last_name, email, created_on in rows
     ]
     return ",".join(users).encode()
 
 
-# -- engine ------------------------------------------------------------------------------------------------------------
+# -- connections -------------------------------------------------------------------------------------------------------
+# Theory of operation: the threads of a process share a pool of connections in autocommit mode. Every operation is one
+# statement, except writes with a precondition, which lock the row in a transaction. Statements run on the driver's own
+# cursor, because SQLAlchemy's takes longer than the database. A thread that must not wait gets WouldBlock. Whether a
+# connection still works is tested before a write, if it was idle; a read is simply repeated. A write whose connection
+# broke is not, because it may have been committed. After a fork, the child abandons its parent's connections.
 
 
-def _read_url(text: str) -> URL:
-    """Return the URL with the driver's name in it. Raise ValueError, without the URL: it may hold a password."""
+def _parse_url(text: str) -> URL:
+    """Return the URL with SQLAlchemy's name of the driver. Raise ValueError, without the password in the URL."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
         raise ValueError(
-            "the database's URL cannot be read: write it as postgresql://user:password@host:5432/name, "
-            "with %40 for an @ and %2F for a / in the password"
+            "invalid database URL: write it as postgresql://user:password@host:5432/name, "
+            "with %40 for @ and %2F for / in the password"
         ) from None
     if url.drivername not in DRIVERS:
         raise ValueError(
-            f"{url.drivername}:// is not a database of profiler: "
-            "name a path, or a URL that begins with postgresql://, mysql:// or mariadb://"
+            f"{url.drivername}:// is not supported: use a path, or a URL that starts with postgresql://, mysql:// "
+            "or mariadb://"
         )
     return url.set(drivername=DRIVERS[url.drivername])
 
 
-def _make_engine(url: URL) -> Engine:
-    """Return an engine, which connects when it is first used. Raise ValueError without the driver."""
+def _hosts(url: URL) -> list[str]:
+    """Return the hosts in the query of a URL."""
+    hosts = url.query.get("host", ())
+    return [host for part in ([hosts] if isinstance(hosts, str) else hosts) for host in part.split(",")]
+
+
+def _location(url: URL) -> str:
+    """Return the URL for people, without its password, and without its query, which may contain one."""
+    location = str(URL.create(url.get_backend_name(), url.username, None, url.host, url.port, url.database))
+    return f"{location} on {', '.join(_hosts(url))}" if _hosts(url) else location
+
+
+def _options(url: URL) -> dict[str, Any]:
+    """Return the driver's options of a connection. Those in the URL take precedence."""
+    if url.get_backend_name() == "mysql":
+        options = {
+            "connect_timeout": CONNECT_TIMEOUT,
+            "read_timeout": TIMEOUT,
+            "write_timeout": TIMEOUT,
+            "charset": "utf8mb4",
+            # Without a strict mode, MySQL truncates what is too long.
+            "init_command": f"SET SESSION sql_mode='TRADITIONAL', innodb_lock_wait_timeout={LOCK_TIMEOUT}",
+        }
+    else:
+        options = {
+            # For each host. libpq's minimum is 2.
+            "connect_timeout": max(2, min(CONNECT_TIMEOUT, TIMEOUT // max(1, len(_hosts(url))))),
+            "application_name": "profiler",
+            "client_encoding": "utf8",
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": TIMEOUT * 1000,  # milliseconds
+        }
+    return {name: value for name, value in options.items() if name not in url.query}
+
+
+def _create_engine(url: URL) -> Engine:
+    """Return an engine, which connects on first use. Raise ValueError if the driver is not installed."""
     backend = url.get_backend_name()
-    options = {name: value for name, value in OPTIONS[backend].items() if name not in url.query}
     try:
-        # Every operation is one statement: in autocommit mode no BEGIN, COMMIT or ROLLBACK goes with it.
-        return sqlalchemy.create_engine(
+        engine = sqlalchemy.create_engine(
             url,
-            connect_args=options,
+            connect_args=_options(url),
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
+            pool_reset_on_return=None,
             hide_parameters=True,
-            pool_pre_ping=True,
             pool_size=POOL_SIZE,
             max_overflow=0,
             pool_timeout=POOL_TIMEOUT,
@@ -187,369 +231,553 @@ def _make_engine(url: URL) -> Engine:
     except (ImportError, NoSuchModuleError) as error:
         raise ValueError(f"{url.drivername}: {error}: pip install 'profiler-users[{backend}]'") from None
 
+    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info.update(opened=time.monotonic(), used=time.monotonic())
+        if backend == "postgresql":
+            _prepare_psycopg(connection, record.info, "options" not in url.query)
 
-def _name_place(url: URL) -> str:
-    """Return the URL for people: without its password, and without its query, which may hold another."""
-    place = str(URL.create(url.get_backend_name(), url.username, None, url.host, url.port, url.database))
-    hosts = url.query.get("host", ())
-    return f"{place} on {', '.join([hosts] if isinstance(hosts, str) else hosts)}" if hosts else place
+    sqlalchemy.event.listen(engine, "connect", prepare)
+    return engine
+
+
+def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -> None:
+    """Prepare a new connection for use. Raise Unavailable if the database cannot store every character."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding == "SQL_ASCII":
+        _replace_invalid_utf8(connection)
+    elif encoding != "UTF8":
+        raise Unavailable(f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'")
+    _limit_waiting(connection, info)
+    info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
+    if connection.info.backend_pid != connection.execute("SELECT pg_backend_pid()").fetchone()[0]:
+        # There is a pooler. Its clients may share a session, and with it the names of prepared statements: a statement
+        # would execute another client's. Settings would apply to others, too.
+        connection.prepare_threshold = None
+    elif set_timeout:
+        connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
+    del info["deadline"]
+
+
+def _replace_invalid_utf8(connection: Any) -> None:
+    """Read U+FFFD for invalid UTF-8, which a database with the encoding SQL_ASCII may contain."""
+    from psycopg.adapt import Loader
+
+    connection.execute("SET client_encoding = 'SQL_ASCII'")  # otherwise the server refuses to send it
+
+    class ReplacingLoader(Loader):
+        def load(self, data: Any) -> str:
+            return bytes(data).decode("utf-8", "replace")
+
+    for type_name in ("text", "varchar"):
+        connection.adapters.register_loader(type_name, ReplacingLoader)
+
+
+def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
+    """Close a connection that waits beyond the deadline in `info`: a server that hangs does not close it."""
+    from psycopg import OperationalError
+
+    wait = connection.wait
+
+    def limited(steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        try:
+            wanted = next(steps)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > info.get("deadline", float("inf")):
+                    connection.close()
+                    raise OperationalError("the server does not answer")
+                wanted = steps.send(ready)
+        except StopIteration as end:
+            return end.value
+
+    connection.wait = lambda steps, *arguments, **options: wait(limited(steps), *arguments, **options)
+
+
+def _fetch(cursor: Any, statement: str, parameters: Any = ()) -> list[Any]:
+    """Execute a SELECT and return its rows."""
+    cursor.execute(statement, parameters)
+    return list(cursor.fetchall())
 
 
 @contextlib.contextmanager
-def _transaction(connection: Connection) -> Iterator[None]:
-    """Commit at the end of the block, roll back if it raises; at the isolation that is the server's default."""
-    connection.execution_options(isolation_level=connection.default_isolation_level)
-    with connection.begin():
+def _transaction(cursor: Any) -> Iterator[None]:
+    """Commit at the end of the block, roll back if it raises."""
+    cursor.execute("BEGIN")
+    try:
         yield
+    except BaseException:
+        cursor.execute("ROLLBACK")
+        raise
+    cursor.execute("COMMIT")
 
 
-def _code(error: DBAPIError) -> object:
-    """Return the number of an error of MySQL or MariaDB, which come with a SQLSTATE too; the SQLSTATE of any other."""
-    number = error.orig.args[0] if error.orig and error.orig.args else None
-    return number if isinstance(number, int) else getattr(error.orig, "sqlstate", None)
+def _code(error: BaseException | None) -> object:
+    """Return the error number of MySQL and MariaDB, which have a SQLSTATE, too, or the SQLSTATE of PostgreSQL."""
+    number = error.args[0] if error and error.args else None
+    return number if isinstance(number, int) else getattr(error, "sqlstate", None)
 
 
-def _check_encoding(connection: Connection) -> None:
-    """Raise Unavailable for a database of PostgreSQL that cannot hold every character."""
-    if connection.dialect.name == "postgresql":
-        encoding = connection.scalar(sqlalchemy.text("SHOW server_encoding"))
-        if encoding not in ("UTF8", "SQL_ASCII"):
-            raise Unavailable(f"the database is encoded {encoding}: make one with ENCODING 'UTF8'")
-
-
-def _tell(error: BaseException) -> str:
-    """Return the driver's own words, in a line: SQLAlchemy would add the statement."""
-    return " ".join(str(getattr(error, "orig", None) or error).split())
+def _message(error: BaseException) -> str:
+    """Return the driver's message in one line, without the statement, and without values, which may be an email."""
+    if isinstance(error, DBAPIError) and error.orig:
+        error = error.orig
+    if isinstance(error, configparser.Error):  # its message quotes a line of the file
+        return "the file in read_default_file is malformed: it needs a section [client]"
+    text = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
+    return re.sub("entry '.*' for", "entry for", " ".join(text.split()))
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
 
 
 class SQLAlchemyUsers(profiler.Users):
-    """The users in one database of a server. Threads and, after a fork, processes may share the object.
+    """The users in one database of a server. Threads and, after a fork, processes may share the object."""
 
-    Every method raises Unavailable, or Busy, when the server cannot do it as things are.
-    """
-
-    def __init__(self, url: str, iterations: int, hashers: int) -> None:
-        """Take the URL; connect at the first use. Raise ValueError for one that cannot be used."""
-        parsed = _read_url(url)
-        self.place = _name_place(parsed)
-        self._engine = _make_engine(parsed)
-        self._made = False
-        super().__init__(iterations, hashers)
+    def open(self, url: str) -> None:
+        """Store the URL; connect to nothing yet. Raise ValueError."""
+        parsed = _parse_url(url)
+        self.location = _location(parsed)
+        self._engine = _create_engine(parsed)
+        self._dialect = _DIALECTS[self._engine.dialect.name]
+        self._driver = self._engine.dialect.loaded_dbapi
+        self._table = self._dialect.table
+        self._columns = f"id, first_name, last_name, email, {self._dialect.created_on}"
+        self._get = f"SELECT {self._columns} FROM {self._table} WHERE id = %s"
+        self._has_table = False
+        self._valid_from = 0.0  # connections opened before this time are not used again
 
     def find(self, email: str) -> tuple[int, str] | None:
-        """Return the id and the password hash of the user who has an email, if there is one."""
-        rows = self._read(_FIND, key=_key(email))
-        return (rows[0].id, rows[0].password) if rows else None
+        """Return the id and the password hash of the user with this email, or None."""
+        statement = f"SELECT id, password FROM {self._table} WHERE email_key = %s"
+        rows = self._read(statement, (profiler.fold_email(email),))
+        return (rows[0][0], rows[0][1]) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
-        user = {
-            "first_name": first_name,
-            "last_name": last_name,
-            "email": email,
-            "email_key": _key(email),
-            "password": password_hash,
-            "created_on": datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0),
-        }
-        result = self._run(lambda connection: connection.execute(_USERS.insert(), user))
-        return int(result.inserted_primary_key[0])  # type: ignore[index]
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        values = (first_name, last_name, email, profiler.fold_email(email), password_hash, now)
+        statement = f"""
+INSERT INTO {self._table} (first_name, last_name, email, email_key, password, created_on)
+VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
+"""
+
+        def insert(cursor: Any) -> int:
+            cursor.execute(statement, values)
+            return int(cursor.fetchone()[0] if self._dialect.returning else cursor.lastrowid)
+
+        with self._email_taken(email):
+            return self._run(insert)
 
     def page(
-        self, limit: int, after: int | None = None, email: str | None = None, descending: bool = False
+        self, limit: int, after: int | None = None, descending: bool = False, email: str | None = None, text: str = ""
     ) -> tuple[bytes, int | None]:
-        """Return users behind an id, as JSON objects with commas between, and the id after which there are more.
-
-        With an email, only the user who has it counts. An id below 1 is nobody's.
-        """
-        order = _user.id.desc() if descending else _user.id
-        statement = select(*_PUBLIC).where(_user.id > 0).order_by(order).limit(limit + 1)
+        """Return one page of users as comma-separated JSON objects, and the last id if more follow."""
+        conditions, parameters = ["TRUE"], dict[str, object](limit=limit + 1)
         if after is not None:
-            statement = statement.where(_user.id < after if descending else _user.id > after)
+            conditions.append("id < %(after)s" if descending else "id > %(after)s")
+            parameters["after"] = after
         if email is not None:
-            statement = statement.where(_user.email_key == _key(email))
-        rows = self._read(statement)
-        return _to_json(rows[:limit]), rows[limit - 1].id if len(rows) > limit else None
+            conditions.append("email_key = %(email_key)s")
+            parameters["email_key"] = profiler.fold_email(email)
+        if text:
+            columns = [self._dialect.contains.format(name) for name in ("first_name", "last_name", "email")]
+            conditions.append(f"({' OR '.join(columns)})")
+            parameters["pattern"] = "%" + re.sub("([!%_])", r"!\1", text) + "%"
+        statement = f"""
+SELECT {self._columns} FROM {self._table} WHERE {" AND ".join(conditions)}
+ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
+"""
+        rows = self._read(statement, parameters)
+        return _to_json(rows[:limit]), rows[limit - 1][0] if len(rows) > limit else None
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""
-        rows = self._read(_GET, user_id=user_id)
+        rows = self._read(self._get, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_json(rows)
 
-    def get_password(self, user_id: int) -> str:
-        """Return the password hash of a user. Raise NoSuchUser."""
-        rows = self._read(_GET_PASSWORD, user_id=user_id)
+    def get_password_hash(self, user_id: int) -> str:
+        """Return a user's password hash. Raise NoSuchUser."""
+        rows = self._read(f"SELECT password FROM {self._table} WHERE id = %s", (user_id,))
         if not rows:
             raise NoSuchUser
-        return str(rows[0].password)
+        return str(rows[0][0])
 
-    def update(self, user_id: int, first_name: str, last_name: str, email: str, check: Check | None = None) -> None:
-        """Give a user other names and another email. Raise NoSuchUser, EmailTaken, and what `check` raises."""
+    def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
+        """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
+        columns = dict(fields)
+        if "email" in fields:
+            columns["email_key"] = profiler.fold_email(fields["email"])
+        assignments = ", ".join(f"{name} = %s" for name in columns) or "id = id"
+        statement = f"UPDATE {self._table} SET {assignments} WHERE id = %s"
 
-        def check_user(user: bytes | None) -> None:
+        def guard_existing(user: bytes | None) -> None:
             if user is None:
                 raise NoSuchUser
-            if check:
-                check(user)
+            if guard:
+                guard(user)
 
-        values = {"first_name": first_name, "last_name": last_name, "email": email, "email_key": _key(email)}
-        statement = _USERS.update().where(_user.id == user_id).values(values)
-        if not self._write(statement, user_id, check_user if check else None):
-            raise NoSuchUser
+        with self._email_taken(fields.get("email"), user_id):
+            parameters = (*columns.values(), user_id)
+            if not self._write(statement, parameters, user_id, guard_existing if guard else None):
+                raise NoSuchUser
 
-    def delete(self, user_id: int, check: Check | None = None) -> None:
-        """Delete a user, if there is one with this id, which is never used again. Raise what `check` raises."""
-        self._write(_USERS.delete().where(_user.id == user_id), user_id, check)
+    def delete(self, user_id: int, guard: Guard | None = None) -> None:
+        """Delete a user, if there is one with this id, which is never reused. Raise as guard."""
+        self._write(f"DELETE FROM {self._table} WHERE id = %s", (user_id,), user_id, guard)
 
-    def replace_password(self, user_id: int, old_hash: str | None, new_hash: str) -> bool:
-        """Store another password hash, if the one that is stored is still the old one, or any; tell whether it was."""
-        statement = _USERS.update().where(_user.id == user_id).values(password=new_hash)
-        if old_hash is not None:
-            statement = statement.where(_user.password == old_hash)
-        return bool(self._write(statement, user_id))
+    def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
+        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise as guard."""
+        statement = f"UPDATE {self._table} SET password = %s WHERE id = %s"
+        if old is None:
+            return self._write(statement, (new, user_id), user_id, guard) > 0
+        return self._write(f"{statement} AND password = %s", (new, user_id, old), user_id, guard) > 0
 
     def count(self) -> int:
-        """Return how many users there are."""
-        return int(self._read(_COUNT)[0][0])
+        """Return the number of users."""
+        return int(self._read(f"SELECT count(*) FROM {self._table}")[0][0])
 
-    def check(self) -> None:
-        """Raise Unavailable unless the table can be read."""
-        try:
-            self._read(_CHECK)
-        except SQLAlchemyError as error:
-            raise Unavailable(_tell(error)) from None
+    def ping(self) -> None:
+        """Raise an exception unless users can be read."""
+        self._read(f"SELECT {self._columns}, password FROM {self._table} LIMIT 1")
 
-    def initialise(self, force: bool) -> None:
-        """Make the table. Raise TableInUse if it holds users, unless forced to drop them."""
+    def initialise(self, force: bool = False) -> bool:
+        """Create the table; if it exists and `force` is true, drop it with its users first. Return whether it did.
+
+        Raise TableInUse if it holds users and `force` is false.
+        """
+        created = self._create_table()
         if not force and (count := self.count()):
-            raise TableInUse(f"the table holds {profiler.count_users(count)}: --force drops them, for good")
-        if force:
-            self._run(_METADATA.drop_all)
-            self._made = False
-        self.prepare()
+            raise TableInUse(f"the table holds users ({count}): --force deletes them")
+        if force and not created:
+            self._attempt(lambda cursor: cursor.execute(f"DROP TABLE {self._table}"))
+            self._create_table()
+        return created or force
 
-    def prepare(self) -> None:
-        """Make the table, unless this process has seen it before."""
-        if self._made:
-            return
-        for attempt in range(1, MAKE_ATTEMPTS + 1):
-            try:
-                with self._connect() as connection:
-                    _check_encoding(connection)
-                    _METADATA.create_all(connection)
-                break
-            except DBAPIError as error:  # others made it meanwhile: what that is called varies, so look again
-                if attempt == MAKE_ATTEMPTS:
-                    raise Unavailable(_tell(error)) from None
-            time.sleep(PAUSE)
-        self._made = True
+    def create_if_missing(self) -> None:
+        """Create the table, unless this process has seen it."""
+        if not self._has_table:
+            self._create_table()
+            self._has_table = True
 
-    def expect(self) -> None:
-        """Make no table from now on. Raise Unavailable if there is none."""
-        self._made = True
-        self.check()
+    def must_exist(self) -> None:
+        """Do not create the table from now on. Raise Unavailable if it does not exist."""
+        if not self._exists():
+            raise Unavailable("there is no table of users")
+        self._has_table = True
 
-    def backup(self, path: str, progress: object = None) -> None:
+    def backup(self, path: str) -> None:
         """Raise OSError: the server has its own program for that."""
-        program = {"postgresql": "pg_dump", "mysql": "mariadb-dump or mysqldump"}[self._engine.dialect.name]
-        raise OSError(f"a database server is not backed up from here: use {program}")
+        raise OSError(f"a database server is backed up with its own program: use {self._dialect.backup}")
 
     def close(self) -> None:
-        """Close this process's connections. The next use opens others."""
+        """Close this process's connections, those in use once they are returned. The next use opens new ones."""
+        self._valid_from = time.monotonic()
         self._engine.dispose()
 
-    def renew(self) -> None:
-        """Leave its connections to the parent, in a forked child: who used them too would read others' answers."""
-        super().renew()
+    def after_fork(self) -> None:
+        """Drop, but do not close, the connections inherited from the parent process."""
         self._engine.dispose(close=False)
 
-    def _read(self, statement: Executable, **parameters: Any) -> Sequence[Any]:
-        """Return the rows of a SELECT, which is tried again if its connection breaks."""
-        return self._run(lambda connection: connection.execute(statement, parameters).all(), repeatable=True)
+    def _exists(self) -> bool:
+        """Return whether the table exists."""
+        return bool(self._attempt(lambda cursor: _fetch(cursor, self._dialect.exists), is_read=True))
 
-    def _write(self, statement: Executable, user_id: int, check: Check | None = None) -> int:
-        """Return how many users a statement changed; none before `check` has seen the one that it is about."""
-
-        def work(connection: Connection) -> int:
-            if check is None:
-                return connection.execute(statement).rowcount
-            with _transaction(connection):
-                row = connection.execute(_GET.with_for_update(), {"user_id": user_id}).first()
-                check(None if row is None else _to_json([row]))
-                return connection.execute(statement).rowcount
-
-        return self._run(work)
-
-    def _run(self, work: Callable[[Connection], Result], repeatable: bool = False) -> Result:
-        """Return what the work on a connection returns. Raise EmailTaken, Busy, Unavailable.
-
-        What the server rolled back for the sake of others is tried again. What was cut off is tried again only if it
-        is repeatable: a write may have been committed.
-        """
-        attempt = 0
-        while True:
-            attempt += 1
-            self.prepare()
-            try:
-                with self._connect() as connection:
-                    return work(connection)
-            except DBAPIError as error:
-                again = _code(error) in ROLLED_BACK or (repeatable and error.connection_invalidated)
-                if not again or attempt == ATTEMPTS:
-                    raise self._translate(error) from None
-            time.sleep(random.uniform(0, PAUSE))  # noqa: S311  # so that two do not meet again
-
-    def _translate(self, error: DBAPIError) -> Exception:
-        """Return what an error of the server means to profiler. An error that is somebody's mistake means itself."""
-        code = _code(error)
-        if code in TAKEN:
-            return EmailTaken()
-        if code in ROLLED_BACK:
-            return Busy(_tell(error))
-        if code in CHANGED:  # the connections are to what is a standby now, or a table was dropped: begin anew
-            self._made = False
-            self.close()
-        elif not (isinstance(error, OperationalError) or error.connection_invalidated):
-            return error
-        return Unavailable(_tell(error))
-
-    def _connect(self) -> Connection:
-        """Return a connection of the pool. Raise Busy if it has none to spare."""
+    def _create_table(self) -> bool:
+        """Create the table if it does not exist. Return whether it did."""
+        if self._exists():
+            return False
+        statement = str(CreateTable(_USERS).compile(dialect=self._engine.dialect))
         try:
-            return self._engine.connect()
-        except sqlalchemy.exc.TimeoutError:
-            raise Busy(f"all {POOL_SIZE} connections to the database are in use") from None
-        except Exception as error:  # an option that the driver does not know is a TypeError, and there are others
-            raise Unavailable(_tell(error)) from None
+            self._attempt(lambda cursor: cursor.execute(statement))
+        except Unavailable:
+            # Another process may have created it at the same moment, which databases report in many ways.
+            for _ in range(ATTEMPTS):
+                time.sleep(PAUSE)
+                if self._exists():
+                    return False
+            raise
+        return True
+
+    @contextlib.contextmanager
+    def _email_taken(self, email: str | None, user_id: int = 0) -> Iterator[None]:
+        """Raise EmailTaken for a duplicate key in the block, but only if another user has the email."""
+        try:
+            yield
+        except Unavailable as error:
+            owner = self.find(email) if email and _code(error.__cause__) in DUPLICATE_KEY else None
+            if owner and owner[0] != user_id:
+                raise EmailTaken from None
+            raise
+
+    def _read(self, statement: str, parameters: Any = ()) -> list[Any]:
+        """Return the rows of a SELECT."""
+        return self._run(lambda cursor: _fetch(cursor, statement, parameters), is_read=True)
+
+    def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
+        """Return how many rows a statement has changed, once the guard has seen the user. Raise as guard."""
+
+        def write(cursor: Any) -> int:
+            if guard is None:
+                cursor.execute(statement, parameters)
+                return int(cursor.rowcount)
+            with _transaction(cursor):
+                rows = _fetch(cursor, f"{self._get} FOR UPDATE", (user_id,))
+                guard(_to_json(rows) if rows else None)
+                cursor.execute(statement, parameters)
+                return int(cursor.rowcount)
+
+        return self._run(write)
+
+    def _run(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
+        """Return what `work` returns for a cursor, once there is a table. Raise Busy, Unavailable, WouldBlock."""
+        self.create_if_missing()
+        return self._attempt(work, is_read)
+
+    def _attempt(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
+        """Return what `work` returns for a cursor, attempted again if that is safe."""
+        start = time.monotonic()
+        for attempt in range(1, ATTEMPTS + 1):
+            connection = self._take(start, is_read)
+            try:
+                result = work(connection.cursor())
+                if not is_read and self._dialect.returning:
+                    # pgpool in raw mode has begun a transaction. If there is none, this sends nothing.
+                    connection.commit()
+                return result
+            except self._driver.Error as error:
+                code, is_lost = _code(error), self._is_lost(connection, error)
+                if is_lost or code in READ_ONLY:
+                    self._valid_from = time.monotonic()
+                elif code in STALE_STATEMENT:
+                    connection.info["opened"] = 0.0
+                may_repeat = code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
+                if not may_repeat or attempt == ATTEMPTS or time.monotonic() > start + RETRY_TIME:
+                    raise (Busy if code in ROLLED_BACK else Unavailable)(_message(error)) from error
+            except BaseException as error:
+                if not isinstance(error, Exception):  # the response may be unread
+                    connection.info["opened"] = 0.0
+                raise
+            finally:
+                self._return(connection)
+            time.sleep(random.uniform(0, PAUSE))  # noqa: S311  # or two transactions might meet again
+        raise AssertionError
+
+    def _take(self, start: float, is_read: bool) -> PoolProxiedConnection:
+        """Return a connection of the pool. Raise Busy, Unavailable, WouldBlock."""
+        if not profiler.this_thread.may_wait:
+            raise profiler.WouldBlock
+        while True:
+            try:
+                connection = self._engine.raw_connection()
+            except sqlalchemy.exc.TimeoutError:
+                raise Busy(f"all {POOL_SIZE} connections to the database are in use") from None
+            except Exception as error:  # drivers raise a TypeError for an unknown option, and others
+                raise Unavailable(_message(error)) from None
+            connection.info["deadline"] = start + TIMEOUT + GRACE
+            if self._is_usable(connection, is_read):
+                return connection
+            connection.invalidate()
+            if time.monotonic() > start + RETRY_TIME:
+                raise Unavailable("the server does not answer")
+
+    def _is_usable(self, connection: PoolProxiedConnection, is_read: bool) -> bool:
+        """Return whether a connection of the pool may be used, if necessary after a ping."""
+        if connection.info["opened"] < self._valid_from:
+            return False
+        if is_read or time.monotonic() < connection.info["used"] + PING_AFTER:
+            return True
+        try:
+            return self._engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+        except self._driver.Error:
+            return False
+
+    def _is_lost(self, connection: PoolProxiedConnection, error: Any) -> bool:
+        """Return whether an error means that the connection is broken."""
+        return self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
+
+    def _return(self, connection: PoolProxiedConnection) -> None:
+        """Return a connection to the pool, or close it if it is not valid any more."""
+        connection.info.pop("deadline")
+        connection.info["used"] = time.monotonic()
+        if connection.info["opened"] < self._valid_from or not connection.info["opened"]:
+            connection.invalidate()
+        connection.close()
 
 
 # -- copying -----------------------------------------------------------------------------------------------------------
-# From a file to a server, back, or from one server to another.
+# All users or none, between any two databases. Rows are read as they are served, inserted, and read from the target: a
+# value that would be served differently afterwards, such as a time with a zone, is an error.
 
-# How each engine tells the highest id that it ever gave, which may be a deleted user's; and how it is told.
-_LAST_ID = {
-    "sqlite": "SELECT seq FROM sqlite_sequence WHERE name = 'user'",
-    "postgresql": """SELECT last_value FROM pg_sequences
-WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"', 'id')""",
-    "mysql": "SHOW CREATE TABLE user",
-}
-_SET_LAST_ID = {
-    "sqlite": ("DELETE FROM sqlite_sequence WHERE name = 'user'", "INSERT INTO sqlite_sequence VALUES ('user', {0})"),
-    "postgresql": ("SELECT setval(pg_get_serial_sequence('\"user\"', 'id'), {0})",),
-    "mysql": ("ALTER TABLE user AUTO_INCREMENT = {1}",),
-}
+_FIELDS = ("id", "first_name", "last_name", "email", "created_on", "password")  # in the order of rows
+_SQLITE_ROWS = """
+SELECT id, CAST(first_name AS TEXT), CAST(last_name AS TEXT), CAST(email AS TEXT), CAST(created_on AS TEXT),
+    CAST(coalesce(password, '') AS TEXT)
+FROM "user"
+"""
 
 
-def copy(source: str, target: str) -> str:
-    """Carry all users over, with their ids, password hashes and times, or none; return a sentence about both sides.
+class _Side:
+    """The source or the target of a copy, with a connection that holds a transaction."""
 
-    Raise ValueError if the target holds users, or if the source was written to meanwhile; Unavailable, SQLAlchemyError.
+    def __init__(self, users: profiler.Users, connection: Connection) -> None:
+        self.location, self.connection = users.location, connection
+        self.table, self.select, self.dialect = '"user"', _SQLITE_ROWS, None
+        if isinstance(users, SQLAlchemyUsers):
+            self.table, self.dialect = users._table, users._dialect
+            self.select = f"SELECT {users._columns}, password FROM {self.table}"
+
+    def execute(self, statement: str, parameters: Any = None, **options: Any) -> Any:
+        """Execute a statement with parameters such as :id."""
+        return self.connection.execute(sqlalchemy.text(statement), parameters, execution_options=options)
+
+    def last_id(self) -> int:
+        """Return the highest id that was ever used, perhaps by a user who was deleted since."""
+        last_id = self.execute(f"SELECT max(id) FROM {self.table}").scalar() or 0
+        if self.dialect:
+            row = self.execute(self.dialect.last_id).first() or (0,)
+        elif self.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").first():
+            row = self.execute("SELECT seq FROM sqlite_sequence WHERE name = 'user'").first() or (0,)
+        else:
+            row = (0,)
+        # MySQL's row ends with the statement that would create the table.
+        match = re.search("AUTO_INCREMENT=([0-9]+)", str(row[-1]))
+        return max(last_id, int(match[1]) - 1 if match else 0) if len(row) > 1 else max(last_id, row[0] or 0)
+
+    def set_last_id(self, last_id: int) -> None:
+        """Make ids continue after this one."""
+        if self.dialect and last_id:
+            self.execute(self.dialect.set_last_id.format(last_id, last_id + 1))
+        elif last_id:
+            self.execute("DELETE FROM sqlite_sequence WHERE name = 'user'")
+            self.execute("INSERT INTO sqlite_sequence VALUES ('user', :last_id)", {"last_id": last_id})
+
+    def insert(self, rows: list[tuple[Any, ...]]) -> None:
+        """Insert rows. Raise ValueError, which names the first user who cannot be stored; SQLAlchemyError."""
+        names = (*_FIELDS, "email_key") if self.dialect else _FIELDS
+        statement = f"INSERT INTO {self.table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+        users = [dict(zip(_FIELDS, row)) for row in rows]
+        for user in users if self.dialect else ():
+            user["email_key"] = profiler.fold_email(user["email"] or "")
+        try:
+            with self.connection.begin_nested():
+                self.execute(statement, users)
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise
+            for user in users:
+                try:
+                    self.execute(statement, user)
+                except DBAPIError as error:
+                    raise ValueError(f"user {user['id']}: {_message(error)}") from None
+
+    def check(self, rows: list[tuple[Any, ...]]) -> None:
+        """Raise ValueError, which names the first user who is not served as in these rows."""
+        condition = "WHERE id BETWEEN :first AND :last ORDER BY id"
+        stored = self.execute(f"{self.select} {condition}", {"first": rows[0][0], "last": rows[-1][0]}).all()
+        for row, stored_row in zip(rows, map(tuple, stored)):
+            if row != stored_row:
+                changed = [name for name, old, new in zip(_FIELDS, row, stored_row) if old != new]
+                raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
+
+
+def copy(source: profiler.Users, target: profiler.Users) -> str:
+    """Copy all users, with ids, password hashes and times, or none. Return a sentence about it.
+
+    Raise ValueError if the target holds users or cannot store one; Unavailable, SQLAlchemyError, sqlite3.Error.
     """
-    if "://" not in source and not os.path.isfile(source):
-        raise ValueError(f"{source}: no such file")
-    with _opened(source) as (old_users, old), _opened(target) as (new_users, new):
-        if new_users.place == old_users.place:
-            raise ValueError(f"{new_users.place} is both source and target")
-        if held := new.scalar(_COUNT):
-            raise ValueError(f"{new_users.place} holds {profiler.count_users(held)} already: name a target without any")
-        # First of all, because MySQL commits what comes before an ALTER TABLE.
-        _set_last_id(new, max(_last_id(old), _last_id(new), old.scalar(select(func.max(_user.id))) or 0))
-        _carry(old, new)
-        read, written = old_users.count(), new.scalar(_COUNT)
-        if read != written:
-            raise ValueError(f"{old_users.place} was written to meanwhile: stop the service, and copy again")
-    sides = ((old_users.place, read), (new_users.place, written))
-    return "; ".join(f"{place} holds {profiler.count_users(count)}" for place, count in sides) + "."
+    if source.location == target.location:
+        raise ValueError(f"{target.location} is both source and target")
+    source.must_exist()
+    target.create_if_missing()
+    if count := target.count():
+        raise ValueError(f"{target.location} holds users already ({count}): choose a target without any")
+    with _connect(source) as old, _connect(target) as new:
+        # First, because MySQL's ALTER TABLE commits what precedes it.
+        new.set_last_id(max(old.last_id(), new.last_id()))
+        copied = _copy_rows(old, new, source.count())
+        if copied != source.count():
+            raise ValueError(f"{source.location} has changed meanwhile: stop the service, and copy again")
+    return f"Copied all users ({copied}) from {source.location} to {target.location}."
 
 
 @contextlib.contextmanager
-def _opened(place: str) -> Iterator[tuple[profiler.Users, Connection]]:
-    """Give the users in a place, and a connection to it that holds a transaction. Make the table if need be."""
-    users: profiler.Users
-    if "://" in place:
-        users = SQLAlchemyUsers(place, 1, 1)
-        engine = users._engine
-    else:
-        users = profiler.SQLiteUsers(place, 1, 1)
-        engine = sqlalchemy.create_engine(URL.create("sqlite", database=place))
+def _connect(users: profiler.Users) -> Iterator[_Side]:
+    """Open a transaction for a copy. Commit at the end of the block, roll back if it raises."""
+    if isinstance(users, SQLAlchemyUsers):
+        with users._engine.execution_options(isolation_level="REPEATABLE READ").begin() as connection:
+            yield _Side(users, connection)
+        return
+    engine = sqlalchemy.create_engine(URL.create("sqlite", database=users.location))
+    with engine.connect() as connection, connection.begin():
+        connection.connection.text_factory = lambda text: text.decode("utf-8", "replace")  # type: ignore[attr-defined]
+        connection.exec_driver_sql("BEGIN")
+        yield _Side(users, connection)
+    engine.dispose()
+
+
+def _copy_rows(old: _Side, new: _Side, total: int) -> int:
+    """Copy all rows, with a progress bar on a terminal. Return how many. Raise as _Side.insert and _Side.check."""
+    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]  # only needed here
+
+    copied = 0
+    with tqdm(total=total, unit=" users", disable=None) as progress:
+        for batch in old.execute(f"{old.select} ORDER BY id", yield_per=COPY_BATCH).partitions():
+            rows = [tuple(row) for row in batch]
+            new.insert(rows)
+            new.check(rows)
+            progress.update(len(rows))
+            copied += len(rows)
+    return copied
+
+
+# -- application and command line --------------------------------------------------------------------------------------
+
+
+def create_app(
+    database: str | bytes | os.PathLike[str] | None = None,
+    *,
+    iterations: int | None = None,
+    token: str | None = None,
+    anonymous: bool | None = None,
+) -> profiler.Application:
+    """Return a WSGI application as profiler.create_app does; the database may be a URL, too. Raise ValueError."""
+    users = profiler.open_users(open_database, database, iterations)  # type: ignore[arg-type]
+    return profiler.Application(users, token, anonymous)
+
+
+application = app = profiler.create_on_first_use(create_app)
+
+
+def open_database(database: str, iterations: int = profiler.ITERATIONS) -> profiler.Users:
+    """Return the users in the database of a URL or a path. Raise ValueError, Unavailable."""
+    return (SQLAlchemyUsers if "://" in database else profiler.Users)(database, iterations)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command (default: sys.argv). Exit with 2 for an invalid setting, with 1 for a failure."""
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())  # it would report a lost connection, too
+    database = "a path, or a URL of PostgreSQL, MySQL or MariaDB"
+    parser, commands = profiler.make_parser("profiler-sqlalchemy", database)
+    command = commands.add_parser("copy", help="copy all users to another database", allow_abbrev=False)
+    command.add_argument("source", metavar="SOURCE", help=database)
+    command.add_argument("target", metavar="TARGET", nargs="?", help="one without users (default: --database)")
+    command.set_defaults(run=_copy)
+    profiler.run_command(parser, argv, open_database)  # type: ignore[arg-type]
+
+
+def _copy(arguments: argparse.Namespace, users: profiler.Users) -> None:
     try:
-        users.prepare()
-        users.check()
-        with engine.connect() as connection, _transaction(connection):
-            yield users, connection
-    finally:
-        engine.dispose()
-        users.close()
-
-
-def _carry(old: Connection, new: Connection) -> None:
-    """Insert in one what is read of the other, with a progress bar on a terminal."""
-    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]  # only here
-
-    with_key = new.dialect.name != "sqlite"
-    rows = select(*_CARRIED).where(_user.id > 0).order_by(_user.id)
-    with tqdm(total=old.scalar(_COUNT), unit=" users", disable=None) as progress:
-        for batch in old.execute(rows, execution_options={"yield_per": COPY_BATCH}).partitions():
-            users = [row._asdict() for row in batch]
-            if with_key:
-                users = [{**user, "email_key": _key(user["email"])} for user in users]
-            new.execute(_USERS.insert(), users)
-            progress.update(len(users))
-
-
-def _last_id(connection: Connection) -> int:
-    row = connection.execute(sqlalchemy.text(_LAST_ID[connection.dialect.name])).first()
-    if row is None:
-        return 0
-    if connection.dialect.name == "mysql":  # the second column is the statement that would make the table
-        match = re.search("AUTO_INCREMENT=([0-9]+)", row[1])
-        return int(match[1]) - 1 if match else 0
-    return row[0] or 0
-
-
-def _set_last_id(connection: Connection, last_id: int) -> None:
-    for statement in _SET_LAST_ID[connection.dialect.name] if last_id else ():
-        connection.execute(sqlalchemy.text(statement.format(last_id, last_id + 1)))
-
-
-# -- command line ------------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Copy users as the arguments say (default: sys.argv). Return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m profiler_sqlalchemy", description="Move users between databases.")
-    parser.add_argument("command", choices=["copy"], help="carry all users over, with ids and password hashes, or none")
-    parser.add_argument("source", metavar="SOURCE", help="a path, or a URL of postgresql, mysql or mariadb")
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        nargs="?",
-        default=os.environ.get("PROFILER_DATABASE"),
-        help="the same, without users (default: PROFILER_DATABASE, where a password is not in the list of processes)",
-    )
-    arguments = parser.parse_args(argv)
-    if not arguments.target:
-        parser.error("name a TARGET, or set PROFILER_DATABASE")
-    logging.getLogger("psycopg").addHandler(logging.NullHandler())  # it would tell of a lost connection twice
-    try:
-        print(copy(arguments.source, arguments.target))
-    except IntegrityError:  # whose text may hold what it is about
-        return _fail("two of the users have one email, but for the case of its letters, or one lacks a field")
+        with contextlib.closing(open_database(arguments.source)) as source:
+            target = open_database(arguments.target) if arguments.target else users
+            with contextlib.closing(target):
+                print(copy(source, target))
     except (ValueError, OSError, Unavailable, SQLAlchemyError, sqlite3.Error, ImportError) as error:
-        return _fail(_tell(error))
+        sys.exit(f"profiler: {_message(error).rstrip('.')}. Nothing was copied.")
     except KeyboardInterrupt:
-        return _fail("interrupted")
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"profiler: {message.rstrip('.')}. Nothing was copied.", file=sys.stderr)
-    return 1
+        sys.exit("profiler: interrupted. Nothing was copied.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -609,28 +609,3 @@ def test_zip_archive_is_served(tmp_path, entry_point):
     with Command(tmp_path, "--port", "0", command=("./p.pyz",)) as command:
         os.unlink(tmp_path / "schema.sql")
         assert ask(command.address(), "POST", fields=HARRY).status == 201
-
-
-def test_it_runs_as_a_cgi_program(tmp_path):
-    """RFC 3875: a query without "=" becomes arguments, which are the client's and not the operator's."""
-    copy_module(tmp_path)
-    environ = {
-        "REQUEST_METHOD": "POST",
-        "PATH_INFO": "/users/",
-        "SCRIPT_NAME": "/cgi-bin/profiler.py",
-        "CONTENT_TYPE": "application/json",
-        "CONTENT_LENGTH": str(len(BODY)),
-        "SERVER_NAME": "localhost",
-        "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "GATEWAY_INTERFACE": "CGI/1.1",
-        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    command = [str(tmp_path / "profiler.py"), "--host", "0.0.0.0"]
-    output = subprocess.run(
-        command, env={**os.environ, **environ}, cwd=tmp_path, input=BODY, capture_output=True, check=True
-    )
-    head, _, body = output.stdout.partition(b"\r\n\r\n")
-    assert head.startswith(b"Status: 201 Created"), output.stderr
-    assert b"Location: /cgi-bin/profiler.py/users/1/" in head
-    assert json.loads(body) == {"id": 1}

