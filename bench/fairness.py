@@ -184,7 +184,10 @@ def main():
             port = int(re.search(r":(\d+)/", server.stdout.readline())[1])
             rows = (
                 ("nobody else", ()),
-                ("one client lists everybody as fast as it can, one at 10 KB/s", ((list_fast, port), (list_slowly, port))),
+                (
+                    "one client lists everybody as fast as it can, one at 10 KB/s",
+                    ((list_fast, port), (list_slowly, port)),
+                ),
                 ("8 clients create users", tuple((create, port, number) for number in range(8))),
                 ("one client pipelines 1,000 requests at once", ((pipeline, port),)),
                 ("another process holds the write lock", ((hold_lock, path, 60),)),
