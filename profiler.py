@@ -537,6 +537,28 @@ _GET = f'SELECT {_USER} FROM "user" WHERE id = ?'
 _CONTAINS = r"AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\' OR email LIKE :text ESCAPE '\')"
 
 
+@functools.cache
+def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
+    """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
+    beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
+    conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
+    # A search that reached the last user need not look for more.
+    is_full = "count(*) = :limit" if by_text else "TRUE"
+    # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in Python
+    # makes lists 1.5 times slower.
+    return f"""
+WITH page AS (
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, {is_full} AS is_full
+    FROM (
+        SELECT id, {_USER} AS user FROM "user"
+        WHERE id {beyond} :after {conditions}
+        ORDER BY id {order} LIMIT :limit
+    )
+)
+SELECT users, last, is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
+"""
+
+
 class Users(Database):
     """The users in an SQLite file. SQLite produces the JSON, so that a read builds no objects in Python.
 
@@ -666,30 +688,15 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 
         With `email`, only the user with this email; with `text`, only users with it in a name or the email.
         """
-        beyond, last, order, start = ("<", "min", "DESC", "inf") if descending else (">", "max", "ASC", "-inf")
-        conditions = "" if email is None else "AND email = :email COLLATE NOCASE "
-        conditions += _CONTAINS if text else ""
-        # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in
-        # Python makes lists 1.5 times slower.
-        statement = f"""
-WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) AS count
-    FROM (
-        SELECT id, {_USER} AS user FROM "user"
-        WHERE id {beyond} :after {conditions}
-        ORDER BY id {order} LIMIT :limit
-    )
-)
-SELECT users, last, count = :limit AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
-"""
         parameters = {
-            "after": float(start) if after is None else after,
+            "after": float("inf" if descending else "-inf") if after is None else after,
             "limit": limit,
             "email": email,
             "text": "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%",
         }
-        [(users, last_id, more)] = self.read(statement, parameters, slow=bool(text))
-        return _utf8(users or b""), last_id if more else None
+        statement = _page_statement(descending, email is not None, bool(text))
+        [(users, last, more)] = self.read(statement, parameters, slow=bool(text))
+        return _utf8(users or b""), last if more else None
 
     def get(self, user_id: int) -> bytes:
         """Return one user as a JSON object. Raise NoSuchUser."""

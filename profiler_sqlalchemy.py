@@ -102,13 +102,13 @@ class _Dialect(NamedTuple):
     """The SQL in which the databases differ."""
 
     table: str
-    exists: str  # the table
     created_on: str  # as text, so that no stored value is outside Python's range
-    contains: str  # the condition that a column contains a text
-    returning: str
     last_id: str  # the highest id that was ever used
     set_last_id: str
-    backup: str  # the program for it
+    exists: str = ""  # the table
+    contains: str = ""  # the condition that a column contains a text
+    returning: str = ""
+    text: str = "{}"  # a column as text
 
 
 _DIALECTS = {
@@ -124,17 +124,21 @@ SELECT last_value FROM pg_sequences
 WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"', 'id')
 """,
         set_last_id="SELECT setval(pg_get_serial_sequence('\"user\"', 'id'), {0})",
-        backup="pg_dump",
     ),
     "mysql": _Dialect(
         table="user",
         exists="SHOW TABLES LIKE 'user'",
         created_on="LEFT(created_on, 19)",
         contains="LOWER({}) LIKE LOWER(%(pattern)s) ESCAPE '!'",
-        returning="",
         last_id="SHOW CREATE TABLE user",
         set_last_id="ALTER TABLE user AUTO_INCREMENT = {1}",
-        backup="mariadb-dump or mysqldump",
+    ),
+    "sqlite": _Dialect(  # for copies
+        table='"user"',
+        text="CAST({} AS TEXT)",
+        created_on="CAST(created_on AS TEXT)",
+        last_id="SELECT seq FROM sqlite_sequence WHERE name = 'user'",
+        set_last_id="INSERT INTO sqlite_sequence VALUES ('user', {0})",
     ),
 }
 
@@ -469,7 +473,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     def backup(self, path: str) -> None:
         """Raise OSError: the server has its own program for that."""
-        raise OSError(f"a database server is backed up with its own program: use {self._dialect.backup}")
+        raise OSError("a database server has its own program for that: use pg_dump, mariadb-dump or mysqldump")
 
     def close(self) -> None:
         """Close this process's connections, those in use once they are returned. The next use opens new ones."""
@@ -537,8 +541,8 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     def _attempt(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
         """Return what `work` returns for a cursor, attempted again if that is safe."""
-        start = time.monotonic()
-        for attempt in range(1, ATTEMPTS + 1):
+        start, attempt = time.monotonic(), 1
+        while True:
             connection = self._take(start, is_read)
             try:
                 result = work(connection.cursor())
@@ -547,22 +551,27 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
                     connection.commit()
                 return result
             except self._driver.Error as error:
-                code, is_lost = _code(error), self._is_lost(connection, error)
-                if is_lost or code in READ_ONLY:
-                    self._valid_from = time.monotonic()
-                elif code in STALE_STATEMENT:
-                    connection.info["opened"] = 0.0
-                may_repeat = code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
+                may_repeat = self._drop_if_useless(connection, error, is_read)
                 if not may_repeat or attempt == ATTEMPTS or time.monotonic() > start + RETRY_TIME:
-                    raise (Busy if code in ROLLED_BACK else Unavailable)(_message(error)) from error
+                    raise (Busy if _code(error) in ROLLED_BACK else Unavailable)(_message(error)) from error
             except BaseException as error:
                 if not isinstance(error, Exception):  # the response may be unread
-                    connection.info["opened"] = 0.0
+                    connection.invalidate()
                 raise
             finally:
                 self._return(connection)
+            attempt += 1
             time.sleep(random.uniform(0, PAUSE))  # noqa: S311  # or two transactions might meet again
-        raise AssertionError
+
+    def _drop_if_useless(self, connection: PoolProxiedConnection, error: Any, is_read: bool) -> bool:
+        """Close a connection that should be replaced. Return whether it is safe to repeat what failed on it."""
+        code = _code(error)
+        is_lost = self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
+        if is_lost or code in READ_ONLY:
+            self._valid_from = time.monotonic()
+        elif code in STALE_STATEMENT:
+            connection.invalidate()
+        return code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
 
     def _take(self, start: float, is_read: bool) -> PoolProxiedConnection:
         """Return a connection of the pool. Raise Busy, Unavailable, WouldBlock."""
@@ -593,16 +602,12 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         except self._driver.Error:
             return False
 
-    def _is_lost(self, connection: PoolProxiedConnection, error: Any) -> bool:
-        """Return whether an error means that the connection is broken."""
-        return self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
-
     def _return(self, connection: PoolProxiedConnection) -> None:
-        """Return a connection to the pool, or close it if it is not valid any more."""
-        connection.info.pop("deadline")
-        connection.info["used"] = time.monotonic()
-        if connection.info["opened"] < self._valid_from or not connection.info["opened"]:
-            connection.invalidate()
+        """Return a connection to the pool, or close it if it was opened before an outage or before close()."""
+        if connection.is_valid:
+            connection.info.update(deadline=float("inf"), used=time.monotonic())
+            if connection.info["opened"] < self._valid_from:
+                connection.invalidate()
         connection.close()
 
 
@@ -610,12 +615,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 # All users or none, between any two databases. Rows are read as they are served, inserted, and read from the target: a
 # value that would be served differently afterwards, such as a time with a zone, is an error.
 
-_FIELDS = ("id", "first_name", "last_name", "email", "created_on", "password")  # in the order of rows
-_SQLITE_ROWS = """
-SELECT id, CAST(first_name AS TEXT), CAST(last_name AS TEXT), CAST(email AS TEXT), CAST(created_on AS TEXT),
-    CAST(coalesce(password, '') AS TEXT)
-FROM "user"
-"""
+_FIELDS = ("id", "first_name", "last_name", "email", "password", "created_on")  # in the order of rows
 
 
 class _Side:
@@ -623,10 +623,11 @@ class _Side:
 
     def __init__(self, users: profiler.Users, connection: Connection) -> None:
         self.location, self.connection = users.location, connection
-        self.table, self.select, self.dialect = '"user"', _SQLITE_ROWS, None
-        if isinstance(users, SQLAlchemyUsers):
-            self.table, self.dialect = users._table, users._dialect
-            self.select = f"SELECT {users._columns}, password FROM {self.table}"
+        self.dialect = dialect = _DIALECTS[connection.dialect.name]
+        self.is_sqlite = dialect is _DIALECTS["sqlite"]
+        names = ("first_name", "last_name", "email", "coalesce(password, '')")
+        columns = ", ".join(dialect.text.format(name) for name in names)
+        self.select = f"SELECT id, {columns}, {dialect.created_on} FROM {dialect.table}"
 
     def execute(self, statement: str, parameters: Any = None, **options: Any) -> Any:
         """Execute a statement with parameters such as :id."""
@@ -634,32 +635,27 @@ class _Side:
 
     def last_id(self) -> int:
         """Return the highest id that was ever used, perhaps by a user who was deleted since."""
-        last_id = self.execute(f"SELECT max(id) FROM {self.table}").scalar() or 0
-        if self.dialect:
-            row = self.execute(self.dialect.last_id).first() or (0,)
-        elif self.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").first():
-            row = self.execute("SELECT seq FROM sqlite_sequence WHERE name = 'user'").first() or (0,)
-        else:
-            row = (0,)
+        last_id = self.execute(f"SELECT max(id) FROM {self.dialect.table}").scalar() or 0
+        if self.is_sqlite and not self.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").first():
+            return int(last_id)
+        row = self.execute(self.dialect.last_id).first() or (0,)
         # MySQL's row ends with the statement that would create the table.
         match = re.search("AUTO_INCREMENT=([0-9]+)", str(row[-1]))
-        return max(last_id, int(match[1]) - 1 if match else 0) if len(row) > 1 else max(last_id, row[0] or 0)
+        return max(last_id, int(match[1]) - 1 if match else 0 if len(row) > 1 else row[0] or 0)
 
     def set_last_id(self, last_id: int) -> None:
         """Make ids continue after this one."""
-        if self.dialect and last_id:
-            self.execute(self.dialect.set_last_id.format(last_id, last_id + 1))
-        elif last_id:
+        if self.is_sqlite:
             self.execute("DELETE FROM sqlite_sequence WHERE name = 'user'")
-            self.execute("INSERT INTO sqlite_sequence VALUES ('user', :last_id)", {"last_id": last_id})
+        if last_id:
+            self.execute(self.dialect.set_last_id.format(last_id, last_id + 1))
 
     def insert(self, rows: list[tuple[Any, ...]]) -> None:
         """Insert rows. Raise ValueError, which names the first user who cannot be stored; SQLAlchemyError."""
-        names = (*_FIELDS, "email_key") if self.dialect else _FIELDS
-        statement = f"INSERT INTO {self.table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
-        users = [dict(zip(_FIELDS, row)) for row in rows]
-        for user in users if self.dialect else ():
-            user["email_key"] = profiler.fold_email(user["email"] or "")
+        names = _FIELDS if self.is_sqlite else (*_FIELDS, "email_key")
+        values = ", ".join(f":{name}" for name in names)
+        statement = f"INSERT INTO {self.dialect.table} ({', '.join(names)}) VALUES ({values})"
+        users = [{**dict(zip(_FIELDS, row)), "email_key": profiler.fold_email(row[3] or "")} for row in rows]
         try:
             with self.connection.begin_nested():
                 self.execute(statement, users)
