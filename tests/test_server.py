@@ -769,29 +769,52 @@ def test_file_locked_by_another_process_does_not_hold_up_others(server, path):
         assert len(answer(reader).json) == 1
 
 
-def test_password_of_a_client_that_has_gone_is_not_hashed_on_busy_cores(path, slow_hash, capfd, monkeypatch):
-    busy = threading.Event()
+@pytest.fixture
+def waiting(monkeypatch):
+    """An event: a thread has to wait for a core to hash on."""
+    event = threading.Event()
 
     class Cores(threading.BoundedSemaphore):
         def acquire(self, blocking=True, timeout=None):
             acquired = super().acquire(blocking, timeout)
             if not acquired:
-                busy.set()
+                event.set()
             return acquired
 
     monkeypatch.setattr(threading, "BoundedSemaphore", Cores)
+    return event
+
+
+@pytest.fixture
+def one_core_server(path, waiting):
+    """A server that hashes one password at a time."""
     application = profiler.Application(profiler.Users(str(path), ITERATIONS, hashers=1))
-    with contextlib.closing(application), serving(application) as server, connected(server) as first:
+    with contextlib.closing(application), serving(application) as server:
+        yield server
+
+
+def test_password_of_a_client_that_waits_for_a_core_is_hashed(one_core_server, waiting, slow_hash):
+    with connected(one_core_server) as first, connected(one_core_server) as second:
         first.sendall(POST)
         assert slow_hash.started.acquire(timeout=10)
-        with connected(server) as gone:
+        second.sendall(POST.replace(b"harry", b"ronny"))
+        assert waiting.wait(10)
+        slow_hash.go_on.set()
+        assert (answer(first).status, answer(second).status) == (201, 201)
+
+
+def test_password_of_a_client_that_has_gone_is_not_hashed(one_core_server, waiting, slow_hash, path, capfd):
+    with connected(one_core_server) as first:
+        first.sendall(POST)
+        assert slow_hash.started.acquire(timeout=10)
+        with connected(one_core_server) as gone:
             gone.sendall(POST.replace(b"harry", b"ronny"))
-            assert busy.wait(10)
+            assert waiting.wait(10)
         slow_hash.go_on.set()
         assert answer(first).status == 201
-        until(lambda: len(server.connections) == 1)
+        until(lambda: len(one_core_server.connections) == 1)
     assert not slow_hash.started.acquire(blocking=False)
-    assert "disconnected" in capfd.readouterr().err
+    until(lambda: "disconnected" in capfd.readouterr().err)
     assert execute(path, 'SELECT email FROM "user"') == [("harry@example.com",)]
 
 
