@@ -1278,6 +1278,14 @@ def test_users_are_copied_to_a_server_and_back_unchanged(filled, url, tmp_path, 
     assert execute(tmp_path / "back.sqlite3", ROWS) == execute(filled, ROWS)
 
 
+def test_rows_are_copied_in_batches(filled, url, monkeypatch):
+    """Statements for each row would take 15 times as long."""
+    batches = []
+    monkeypatch.setattr(profiler_sqlalchemy._Side, "check", lambda side, rows: batches.append(len(rows)))
+    assert copy(filled, url) is None
+    assert batches == [1000, 1000, 497]
+
+
 def test_users_are_copied_from_server_to_server(filled, postgresql_server, mariadb_server, tmp_path):
     first, second, third = (server.make_database() for server in (postgresql_server, mariadb_server, postgresql_server))
     for step in ((filled, first), (first, second), (second, third), (third, tmp_path / "back.sqlite3")):
@@ -1346,6 +1354,7 @@ GOOD = [(i, "a", "b", f"{i}@x", "x", "2026-11-22 10:00:00") for i in range(1, 15
         ((1500, None, "b", "c@x", "x", "2026-11-22 10:00:00"), "first_name"),
         ((1500, "a" * 256, "b", "c@x", "x", "2026-11-22 10:00:00"), "too long"),
         ((-5, "a", "b", "c@x", "x", None), "created_on"),
+        ((-5, "a", "b", "c@x", "x", "2026-11-22T10:00:00"), "created_on"),
     ],
 )
 def test_user_who_would_be_served_differently_is_named_and_nothing_is_copied(path, url, application, row, named):
