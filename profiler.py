@@ -27,7 +27,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    # http.server would load ssl, which takes 1.3 MB and is not used.
+    # http.server imports ssl if it can, which takes 1.3 MB. None makes that import fail.
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
 try:
     import argparse
@@ -94,7 +94,7 @@ BATCH = 500  # users read at once for the list, or on a page without a limit
 
 
 # -- passwords ---------------------------------------------------------------------------------------------------------
-# Hashes describe themselves. New ones have Werkzeug's PBKDF2 format; others can be verified, too.
+# A hash names its own algorithm and cost. New hashes use Werkzeug's PBKDF2 format; others can be verified, too.
 
 MAX_ITERATIONS = 10_000_000  # about 2-3 s on one core
 MAX_SCRYPT_COST = 2**20  # n * r * p, 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
@@ -145,9 +145,11 @@ def verify_password(password_hash: str, password: str) -> bool:
 
 def can_verify(password_hash: str) -> bool:
     """Return True if verify_password supports this hash."""
-    with contextlib.suppress(ValueError):
-        return bool(_parse_hash(password_hash))
-    return False
+    try:
+        _parse_hash(password_hash)
+    except ValueError:
+        return False
+    return True
 
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
@@ -186,7 +188,7 @@ def _parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes]:
 def _encode(password: str) -> bytes:
     """Return the bytes to hash: UTF-8, normalised to NFC (NIST SP 800-63B 5.1.1.2, RFC 8265 4.2). Raise ValueError."""
     if "\0" in password:
-        raise ValueError("a password must not contain NUL: HMAC pads its key with it, so that it would not count")
+        raise ValueError("a password must not contain NUL: HMAC ignores NULs at the end of its key")
     if not password.isascii():
         from unicodedata import normalize
 
@@ -196,10 +198,10 @@ def _encode(password: str) -> bytes:
 
 # -- database ----------------------------------------------------------------------------------------------------------
 # One SQLite file. Theory of operation: the threads of a process share one connection for reads, one for searches and
-# one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention.
-# Reads hold nothing between calls. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE). A
-# thread that must not wait, the server's I/O thread, gets WouldBlock instead. After a fork, the child neither uses nor
-# closes the connections of its parent, but opens its own. Text is returned as bytes, because it goes straight into
+# one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention. No
+# transaction stays open after a read. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE).
+# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. After a fork, the child neither uses
+# nor closes the connections of its parent, but opens its own. Text is returned as bytes, because it goes straight into
 # responses.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
@@ -226,7 +228,7 @@ class WouldBlock(BaseException):
 
 
 class _ThisThread(threading.local):
-    """What the code below needs to know about the thread that runs it. The server sets both."""
+    """Settings of each thread, for the server. The defaults suit other WSGI servers."""
 
     may_wait = True
     is_abandoned: Callable[[], bool] = staticmethod(lambda: False)  # whether the client has disconnected
@@ -236,7 +238,7 @@ this_thread = _ThisThread()
 
 
 class _Slot:
-    """A connection, opened when it is needed, and the lock of the thread that uses it."""
+    """A connection that is opened when first needed, and the lock that protects it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -276,13 +278,13 @@ class Database:
         self._file: tuple[int, int] | None = None  # the identity of the file once it was opened
         self._wal: tuple[int, int] | None = None  # of the -wal file that the connections use
         self._wal_checked = 0.0  # when, by time.monotonic()
-        self._inherited: list[_Slot] = []  # of the parent process: referenced, because garbage collection closes them
+        self._inherited: list[_Slot] = []  # from the parent process; kept, because garbage collection would close them
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
-        """Return all rows of a SELECT. A slow one does not hold up others. Raise Busy, Unavailable, WouldBlock."""
+        """Return all rows of a SELECT. A slow one has its own connection. Raise Busy, Unavailable, WouldBlock."""
         slot = self._searcher if slow else self._reader
-        if slow or not slot.lock.acquire(False):
+        if slow or not slot.lock.acquire(blocking=False):
             slot.wait()
         try:
             return _execute(slot.connection or self._connect(slot), statement, parameters).fetchall()
@@ -301,7 +303,7 @@ class Database:
         try:
             self.check_files()
             connection = slot.connection or self._connect(slot)
-            # Immediate, because a read transaction that begins to write does not wait for the lock.
+            # Immediate, because a transaction that starts as a read fails at once if it cannot write.
             _execute(connection, "BEGIN IMMEDIATE", deadline=deadline)
             yield connection
             _execute(connection, "COMMIT", deadline=deadline)
@@ -317,9 +319,9 @@ class Database:
 
     def check_files(self) -> None:
         """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted."""
-        # A new file would be empty, and what is written to a file without a name is lost.
+        # SQLite would create a new, empty file, and changes to a deleted file are lost.
         expected, wal, now = {self.location: self._file}, self.location + "-wal", time.monotonic()
-        # A replaced -wal file is noticed later: on recent Linux, a write after each stat takes 40 us longer to sync.
+        # Not at every write: on recent Linux, a write that follows a stat of its file takes 40 us longer to sync.
         is_due = now > self._wal_checked + WAL_CHECK_INTERVAL or not os.access(wal, os.F_OK)
         if is_due and any(slot.connection for slot in self._slots):
             expected[wal] = self._wal
@@ -329,7 +331,7 @@ class Database:
             self._wal_checked = now
 
     def must_exist(self) -> None:
-        """Do not create the file from now on. Raise Unavailable if it does not exist."""
+        """Raise Unavailable if the file does not exist, and never create it from now on."""
         self._file = _identify(self.location)
         if self._file is None:
             raise Unavailable("there is no such file")
@@ -351,7 +353,9 @@ class Database:
             _sync(part)
             try:
                 os.link(part, path)  # unlike rename, it never replaces a file
-            except PermissionError:  # the file system has no hard links
+            except FileExistsError:
+                raise
+            except OSError:  # the file system has no hard links
                 os.rename(part, path)
             _sync(os.path.dirname(path))
         except (OSError, sqlite3.Error) as error:
@@ -399,7 +403,7 @@ class Database:
 
     def _create_file(self) -> None:
         """Create the file if it does not exist, readable by its owner only."""
-        with contextlib.suppress(OSError):  # SQLite's own error is better
+        with contextlib.suppress(OSError):  # there is no such file
             if 0 < os.path.getsize(self.location) < MIN_DATABASE:  # SQLite would overwrite it
                 raise sqlite3.DatabaseError("file is not a database")
             return
@@ -409,7 +413,7 @@ class Database:
             os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
     def _translate(self, error: sqlite3.Error) -> Exception:
-        """Return Busy or Unavailable for an operational error. Others are bugs and returned unchanged."""
+        """Return Busy or Unavailable for an operational error, others (a bug, a damaged file) unchanged."""
         if not isinstance(error, sqlite3.OperationalError):
             return error
         if "lock" in str(error):
@@ -445,7 +449,7 @@ def _execute(
     connection: sqlite3.Connection, statement: str, parameters: Any = (), deadline: float = 0
 ) -> sqlite3.Cursor:
     """Execute a statement, retrying until the deadline while another process holds the lock."""
-    # SQLite would retry, too, but it backs off up to 100 ms, so that busy writers starve it.
+    # SQLite's busy handler sleeps up to 100 ms between attempts, so it loses to writers that retry more often.
     while True:
         try:
             return connection.execute(statement, parameters)
@@ -468,8 +472,10 @@ def _identify(path: str) -> tuple[int, int] | None:
 
 def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
@@ -542,20 +548,20 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
     conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
-    # A search that reached the last user need not look for more.
-    is_full = "count(*) = :limit" if by_text else "TRUE"
-    # SQLite calls the order of group_concat over a subquery arbitrary. It is the subquery's, and joining rows in Python
-    # makes lists 1.5 times slower.
+    # After a search that reached the last user, looking for more would scan the table again.
+    may_have_more = "count(*) = :limit" if by_text else "TRUE"
+    # SQLite does not document the order of group_concat over a subquery; in practice it is the subquery's. Joining rows
+    # in Python makes lists 1.5 times slower.
     return f"""
 WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last, {is_full} AS is_full
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, {may_have_more} AS may_have_more
     FROM (
         SELECT id, {_USER} AS user FROM "user"
         WHERE id {beyond} :after {conditions}
         ORDER BY id {order} LIMIT :limit
     )
 )
-SELECT users, last, is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
+SELECT users, last, may_have_more AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
 """
 
 
@@ -570,7 +576,7 @@ class Users(Database):
         check_iterations(iterations)
         self.iterations = iterations
         self._hashers = hashers or count_cores()
-        # Verified instead, where there is no hash that can be verified, so that every check takes as long.
+        # Verified when there is no user or no usable hash, so that every attempt takes equally long.
         self._dummy_hash = f"pbkdf2:sha256:{iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self._reset_locks()
         self.open(database)
@@ -587,7 +593,7 @@ class Users(Database):
         return self.insert(first_name, last_name, email, password_hash)
 
     def batches(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
-        """Yield all users after an id in batches, as page returns them, each its own read."""
+        """Yield the users after an id in batches of BATCH. Each batch is a separate read."""
         while True:
             users, after = self.page(BATCH, after, descending=descending)
             yield users
@@ -626,7 +632,7 @@ class Users(Database):
         self._attempts.reset(user_id)
 
     def _check_password(self, account: int | str, password_hash: str, password: str) -> None:
-        """Raise WrongPassword, TooManyAttempts. Hash once, even if the stored hash cannot be verified."""
+        """Raise WrongPassword, TooManyAttempts. Hash even if the stored hash cannot be verified."""
         self._attempts.begin(account)
         if not can_verify(password_hash):
             verify_password(self._dummy_hash, password)
@@ -636,13 +642,13 @@ class Users(Database):
         self._attempts.reset(account)
 
     def _reset_locks(self) -> None:
-        """Start with all cores free: in a forked child, the threads that held them do not exist."""
+        """Create what has locks. Again in a forked child, where the threads that held them do not exist."""
         self._cores = threading.BoundedSemaphore(self._hashers)
         self._attempts = Attempts()
 
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
-        """Hold one of the cores to hash on. Raise Busy."""
+        """Hold one of the cores for a hash. Raise Busy."""
         cores = self._cores
         waited = not cores.acquire(blocking=False)
         if waited and not cores.acquire(timeout=HASH_TIMEOUT):
@@ -710,7 +716,7 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
         return _text(_single(self.read('SELECT CAST(password AS TEXT) FROM "user" WHERE id = ?', (user_id,))))
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
-        """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
+        """Change the names and the email that are in `fields`. Raise NoSuchUser, EmailTaken, what guard raises."""
         parameters = {"first_name": None, "last_name": None, "email": None, **fields, "id": user_id}
         statement = """
 UPDATE "user" SET first_name = coalesce(:first_name, first_name), last_name = coalesce(:last_name, last_name),
@@ -725,13 +731,13 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
                 raise EmailTaken
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
-        """Delete a user, if there is one with this id, which is never reused. Raise as guard."""
+        """Delete the user with this id, if any. Ids are never reused. Raise what guard raises."""
         with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
             connection.execute('DELETE FROM "user" WHERE id = ?', (user_id,))
 
     def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
-        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise as guard."""
+        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise what guard raises."""
         condition = "id = :id AND (:old IS NULL OR CAST(password AS TEXT) = :old)"
         fields = {"id": user_id, "old": old, "new": new}
         with self.transaction() as connection:
@@ -784,7 +790,7 @@ def count_cores() -> int:
             cgroup = file.read().partition("0::")[2].strip()
         with open(f"/sys/fs/cgroup{cgroup}/cpu.max") as file:
             quota, period = map(int, file.read().split())
-        cores = min(cores, -(-quota // period))
+        cores = min(cores, math.ceil(quota / period))
     return cores
 
 
@@ -819,10 +825,10 @@ def _text(cell: bytes | None) -> str:
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 # Requests and responses, independent of the endpoints.
 
-MAX_BRACKETS = 500  # objects and arrays in a body: the JSON parser recurses, at most 1,000 levels deep
+MAX_BRACKETS = 500  # [ and { in a body: the JSON parser recurses, at most 1,000 levels deep
 
 JSON = ("Content-Type", "application/json")
-# Of every response. Without X-Frame-Options, any website could find out which ids exist, by <object data>.
+# Of every response. Without X-Frame-Options, a website could probe which ids exist with <object data>.
 _HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"))
 _STATUS_LINES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
 _DIGITS = re.compile("[0-9]{1,4000}")  # ASCII only, unlike \d; int() takes at most 4,300
@@ -834,12 +840,12 @@ _INVISIBLE = re.compile(
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
-# As sent, or as changed in transit by a proxy that compresses: made weak, or with a suffix such as -gzip.
+# Our ETag as sent, or as a compressing proxy changes it: W/ before it (nginx), or -gzip at its end (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error: a status, what the client should change, and extra headers."""
+    """An error response: its status, a message for the client, extra headers."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
@@ -860,7 +866,7 @@ def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[by
 
 
 def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
-    """Return the JSON object in a body of this or another media type. Raise HTTPError: 400, 411, 413, 415."""
+    """Return the JSON object in a body of application/json or these types. Raise HTTPError: 400, 411, 413, 415."""
     media_type, *parameters = environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "").split(";")
     charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
     if media_type not in ("application/json", *media_types) or not charsets <= {"charset=utf-8", "charset=utf8"}:
@@ -930,10 +936,10 @@ def make_entity_tag(user: bytes) -> str:
 
 
 def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
-    """Return True if the response to a GET is 304 (RFC 9110 13.2.2). Raise HTTPError: 412 if a precondition fails."""
+    """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise HTTPError: 412 if one fails."""
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
     if if_match is not None and not _matches(if_match, user):
-        raise HTTPError(412, "The user has changed: get it again, then decide")
+        raise HTTPError(412, "The user has changed: get it again, then decide" if user else "No user has this id")
     if if_none_match is None or not _matches(if_none_match, user):
         return False
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -964,7 +970,10 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     limit = size or (MAX_BODY + 1 if is_terminated else 0)
     body = b""
     try:
-        while size <= MAX_BODY and (left := limit - len(body)) and (chunk := environ["wsgi.input"].read(left)):
+        while size <= MAX_BODY and len(body) < limit:
+            chunk = environ["wsgi.input"].read(limit - len(body))
+            if not chunk:
+                break
             body += chunk
     except socket.timeout:
         raise
@@ -1000,7 +1009,7 @@ _PROFILE = ("first_name", "last_name", "email")
 
 
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 201 with the new id and the user's location. The body has a password, or the hash of one to import."""
+    """Return 201 with the new id and the user's location. The body has a password or, to import a user, its hash."""
     fields = read_object(environ)
     if "password_hash" not in fields:
         user_id = users.create(**check_fields(fields, (*_PROFILE, "password")))
@@ -1039,7 +1048,7 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 200 with the user, or 304 if the client has it."""
     user = users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    if ("HTTP_IF_NONE_MATCH" in environ or "HTTP_IF_MATCH" in environ) and check_preconditions(environ, user):
+    if check_preconditions(environ, user):
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON, entity_tag)
 
@@ -1131,9 +1140,9 @@ PUBLIC = re.compile("/health/?|/?|/openapi[.]json")  # paths that need no token
 
 def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
     yield b"[" + page
-    for page in more:
-        if page:  # the rest may have been deleted meanwhile
-            yield b"," + page
+    for batch in more:
+        if batch:  # the rest may have been deleted meanwhile
+            yield b"," + batch
     yield b"]\n"
 
 
@@ -1144,7 +1153,7 @@ def _url(environ: WSGIEnvironment, rest: str = "") -> str:
 
 
 # -- application -------------------------------------------------------------------------------------------------------
-# The WSGI callable (PEP 3333). The only place that calls start_response, turns errors into responses and logs them.
+# The WSGI callable (PEP 3333), and the one table from exceptions to responses, which the server uses, too.
 
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     EmailTaken: (400, "This email is already registered"),
@@ -1164,9 +1173,9 @@ class Application:
     """The WSGI callable. Created by create_app; any number of threads may call it."""
 
     def __init__(self, users: Users, token: str | None = None, anonymous: bool | None = None) -> None:
-        """Require one of the tokens with every request; without any, a loopback Host unless `anonymous`.
+        """Every request needs one of the tokens. Without tokens, it needs a loopback Host, unless `anonymous`.
 
-        What is None is taken from PROFILER_TOKEN and PROFILER_ANONYMOUS. Raise ValueError if that is invalid.
+        Arguments that are None default to PROFILER_TOKEN and PROFILER_ANONYMOUS. Raise ValueError if that is invalid.
         """
         token = os.environ.get("PROFILER_TOKEN") if token is None else token
         if anonymous is None:
@@ -1256,12 +1265,12 @@ def open_users(storage: type[Users], database: Path | None, iterations: int | No
 
 
 def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
-    """Return a WSGI callable that creates its application at the first request, once in each process."""
+    """Return a WSGI callable that creates its application at the first request."""
     created: dict[str, Application] = {}
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer as create() does. For an invalid setting, raise ValueError: servers answer 500 and log it."""
-        # setdefault is atomic: concurrent first requests all use the same application.
+        # setdefault is atomic: concurrent first requests may create several, which opens nothing, but all use the same.
         return (created.get("") or created.setdefault("", create()))(environ, start_response)
 
     return application
@@ -1271,7 +1280,7 @@ application = app = create_on_first_use(create_app)
 
 
 def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
-    """Return the response for an exception. Log a bug with its traceback, and what else has a message in one line."""
+    """Return the response for an exception. Log a bug with its traceback, any other message in one line."""
     if isinstance(error, HTTPError):
         return error.status, to_json({"error": str(error)}), (JSON, *error.headers)
     status, message = ERRORS.get(type(error), (500, "Internal server error"))
@@ -1291,7 +1300,7 @@ def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
 # From bytes to an environ, without a socket. Requests that a proxy could parse differently are rejected, because they
 # allow request smuggling (RFC 9112 11.2). http.server is too lenient for that.
 
-MAX_REQUEST_LINE = 8 * 1024  # bytes: nginx's and Apache's
+MAX_REQUEST_LINE = 8 * 1024  # bytes: the default of nginx and Apache
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 
@@ -1343,7 +1352,7 @@ def check_incomplete_head(head: bytes) -> None:
     if newline:
         _parse_request_line(line.removesuffix("\r"))
     elif not _REQUEST_START.fullmatch(text):
-        raise HTTPError(400, "Speak plain HTTP/1.1, not TLS: this port has no https")
+        raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
 
 
 def check_head_size(head: bytes) -> None:
@@ -1421,7 +1430,7 @@ def _http_date(second: int) -> str:
 # server resumes it with the result, or throws socket.timeout into it when its deadline has passed. Complete responses
 # to GET are made in the I/O thread: they take microseconds, and threads that compete for the GIL are slower. What may
 # wait for a lock, a core or a disk runs in workers, which are daemon threads: writes, hashes, reads that raise
-# WouldBlock, each part of a streamed response, and writing the log. A worker never touches a connection or the
+# WouldBlock, and each part of a streamed response. A worker only peeks at its connection's socket, and not at the
 # selector: it queues its result and wakes the I/O thread. The server never forks.
 
 # Seconds unless stated otherwise.
@@ -1522,7 +1531,7 @@ class Server(WSGIServer):
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
         self._jobs.put((function, owner))
-        if not self._workers:
+        if not self._workers:  # no thread could be started: run the job here
             self._jobs.put(None)
             this_thread.may_wait = True
             self._work()
@@ -1540,9 +1549,10 @@ class Server(WSGIServer):
             except Exception as error:
                 self._finished.put((owner, error, None))
             self._wake()
+            del this_thread.is_abandoned, function, owner, job  # or an idle worker would keep the connection
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # it will wake anyway, or is closed
+        with contextlib.suppress(OSError):  # full, so that it wakes anyway, or closed
             self._waker.send(b"\0")
 
     def _run_finished(self) -> None:
@@ -1567,7 +1577,9 @@ class Server(WSGIServer):
         try:
             connection, address = self.socket.accept()
             connection.setblocking(False)
-        except OSError:  # no file descriptor is left, or the client has gone
+        except (BlockingIOError, ConnectionAbortedError):  # the client has gone
+            return
+        except OSError:  # no file descriptor is left
             if not self._close_idle():
                 time.sleep(ACCEPT_PAUSE)
             return
@@ -1584,12 +1596,13 @@ class Server(WSGIServer):
 
 
 class Connection:
-    """One connection and its requests. Generators yield an event to wait for, or a function to run in a worker."""
+    """One connection and its requests. Its generators yield an event to wait for, or a function for a worker."""
 
     def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
         self.server, self.socket, self.client = server, connection, client
         self.received = self.head = b""  # read but not used yet; the head of the current request
         self.is_last = False  # whether the current request is the last one
+        self._started: tuple[str, list[tuple[str, str]]] = ("", [])  # status and headers
         self.deadline = float("inf")
         self._events = _NOTHING
         self._steps = self._serve()
@@ -1650,7 +1663,7 @@ class Connection:
                 self.is_last = True
                 status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
                 body = (b"",) if self.head.startswith(b"HEAD ") else body
-            yield from self._respond(status, headers, body)
+            yield from self._send_response(status, headers, body)
         yield from self._linger()
 
     def _receive_request(self) -> Steps[WSGIEnvironment]:
@@ -1715,7 +1728,7 @@ class Connection:
             headers.append(_CHUNKED)
         return status, headers, body
 
-    def _respond(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps[None]:
+    def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps[None]:
         """Send a response. If it fails midway, reset the connection, so that it does not look complete."""
         headers.append(("Connection", "close") if self.is_last else ("Keep-Alive", f"timeout={IDLE_TIMEOUT}"))
         head, size, is_complete = format_head(status, headers), 0, False
@@ -1733,12 +1746,13 @@ class Connection:
             is_complete = True
         finally:
             if not is_complete:
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+                with contextlib.suppress(OSError):  # l_onoff = 1, l_linger = 0: close resets the connection
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
             if self.server.access_log:
                 self._log_request(status, size)
 
     def _linger(self) -> Steps[None]:
-        """Read on: closing with unread input resets the connection and may lose the response (RFC 9112 9.6)."""
+        """Read until the client closes: closing with unread input may lose the response (RFC 9112 9.6)."""
         self.socket.shutdown(socket.SHUT_WR)
         end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
         while self.received:
@@ -1765,7 +1779,7 @@ class Log(io.TextIOBase):
         return len(text)
 
     def write_entries(self) -> None:
-        """Write entries, many at once, until one is None. sys.stderr's buffer would block the interpreter's exit."""
+        """Write entries until one is None. With os.write, because sys.stderr could block the interpreter's exit."""
         entries: list[str | None] = []
         while None not in entries:
             entries = [self.entries.get()]
@@ -1776,14 +1790,20 @@ class Log(io.TextIOBase):
 
 
 def _raise_file_limit() -> int:
-    """Let this process open as many files as it may at most. Return how many."""
-    most = -1
-    with contextlib.suppress(ImportError):  # Windows has no such limit
-        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+    """Raise the limit of open files as far as the system allows. Return the limit."""
+    needed = MAX_CONNECTIONS + RESERVED_FILES
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a system that refuses
+        from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 
-        most = getrlimit(RLIMIT_NOFILE)[1]
-        setrlimit(RLIMIT_NOFILE, (most, most))
-    return most if most > 0 else MAX_CONNECTIONS
+        soft, hard = getrlimit(RLIMIT_NOFILE)
+        if soft == RLIM_INFINITY or soft >= needed:
+            return needed
+        with contextlib.suppress(OSError, ValueError):
+            wanted = needed if hard == RLIM_INFINITY else min(needed, hard)
+            setrlimit(RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+        return soft
+    return needed
 
 
 @functools.lru_cache(maxsize=1)
@@ -1808,19 +1828,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tuple[argparse.ArgumentParser, Any]:
     """Return the parser of the command line, and its subparsers. `run` is the function of a command."""
     variables = "PROFILER_HOST, PROFILER_PORT or PORT, PROFILER_DATABASE, PROFILER_TOKEN, PROFILER_ANONYMOUS"
-    epilog = f"Environment variables for what no option sets: {variables}, PROFILER_ITERATIONS."
-    text = "User accounts over HTTP. Without a command: serve them."
+    epilog = f"Environment variables, used where no option is given: {variables}, PROFILER_ITERATIONS."
+    text = "User accounts over HTTP. Without a command, serve them."
     parser = argparse.ArgumentParser(prog, description=text, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
-    add("--host", help=f"the address to listen on ({HOST})")
-    add("--port", help=f"the port; 0 is any free one ({PORT})")
-    add("--database", help=f"{database} ({DATABASE})")
-    add("--token-file", metavar="PATH", dest="token", type=_read_file, help="tokens, one per line, to require")
+    add("--host", help=f"the address to listen on (default: {HOST})")
+    add("--port", help=f"the port to listen on; 0 picks a free one (default: {PORT})")
+    add("--database", help=f"{database} (default: {DATABASE})")
+    add(
+        "--token-file",
+        metavar="PATH",
+        dest="token",
+        type=_read_tokens,
+        help="require a token of this file, which has one per line",
+    )
     add("--anonymous", action="store_true", default=None, help="serve everybody who reaches the port, without a token")
-    add("--iterations", type=int, help=f"of PBKDF2, for new passwords ({ITERATIONS})")
+    add("--iterations", type=int, help=f"of PBKDF2 for new passwords (default: {ITERATIONS})")
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
-    parser.set_defaults(run=_serve)
+    parser.set_defaults(run=_run_server)
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--database", default=argparse.SUPPRESS, help=database)
@@ -1846,7 +1872,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, sto
             try:
                 arguments.run(arguments, users)
             except (Unavailable, sqlite3.Error) as error:
-                sys.exit(f"profiler: {users.location}: {error}. Use --database to choose another database.")
+                sys.exit(f"profiler: {users.location}: {error}")
     except ValueError as error:
         parser.error(str(error))
     except (Unavailable, TableInUse, OSError) as error:
@@ -1855,11 +1881,12 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, sto
         sys.exit(128 + signal.SIGINT)
 
 
-def _serve(arguments: argparse.Namespace, users: Users) -> None:
+def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     environ = os.environ.get
-    # Kubernetes sets it to tcp://... for a Service named "profiler".
-    own_port = re.sub("tcp://.*", "", environ("PROFILER_PORT", ""))
+    own_port = environ("PROFILER_PORT", "")
+    if own_port.startswith("tcp://"):  # Kubernetes sets it so for a Service named "profiler"
+        own_port = ""
     port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
     host = arguments.host or environ("PROFILER_HOST") or HOST
     try:
@@ -1885,17 +1912,18 @@ def _serve(arguments: argparse.Namespace, users: Users) -> None:
             signals.append(signal.SIGHUP)
         for signum in signals:
             signal.signal(signum, server.stop)
-        name, path = f"[{ip}]" if ":" in ip else ip, "users/"
+        path = "users/"
         with contextlib.suppress(HTTPError):
-            path = "" if read_optional("index.html") else path
-        print(f"http://{name}:{server.server_port}/{path}")
+            read_optional("index.html")
+            path = ""
+        print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/{path}")
         print(f"Database: {users.location} (users: {count}). Press Ctrl-C to stop.", flush=True)
         server.serve()
         for signum in signals:
             signal.signal(signum, signal.SIG_IGN)  # another signal must not change the exit status
 
 
-def _read_file(path: str) -> str:
+def _read_tokens(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
