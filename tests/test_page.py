@@ -445,10 +445,10 @@ def test_double_submit_creates_one_user(page, application, monkeypatch):
     page.open(application=application)
     create, asked, go_on = application.users.create, [], threading.Event()
 
-    def wait(*fields):
+    def wait(**fields):
         asked.append(fields)
         go_on.wait(10)
-        return create(*fields)
+        return create(**fields)
 
     monkeypatch.setattr(application.users, "create", wait)
     page.press("New user")
@@ -794,7 +794,7 @@ def test_cancelled_dialog_ignores_its_response(page, application, monkeypatch):
     page.open(application=application)
     asked, go_on = [], threading.Event()
 
-    def refuse(*fields):
+    def refuse(**fields):
         asked.append(fields)
         go_on.wait(10)
         raise profiler.EmailTaken
