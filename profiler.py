@@ -200,8 +200,8 @@ def _encode(password: str) -> bytes:
 # One SQLite file. Theory of operation: the threads of a process share one connection for reads, one for searches and
 # one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention. No
 # transaction stays open after a read. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE).
-# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. After a fork, the child neither uses
-# nor closes the connections of its parent, but opens its own. Text is returned as bytes, because it goes straight into
+# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. Before a fork the
+# connections are closed, and both processes open new ones. Text is returned as bytes, because it goes straight into
 # responses.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
@@ -261,6 +261,8 @@ class _Slot:
 class Database:
     """One SQLite file, created on first use. Threads and, after a fork, processes may share the object."""
 
+    _slots: tuple[_Slot, ...] = ()  # another storage has none
+
     def open(self, path: str) -> None:
         """Store the absolute path; open nothing yet. Raise ValueError for what is not a file; Unavailable."""
         if not path or path == ":memory:":
@@ -278,7 +280,6 @@ class Database:
         self._file: tuple[int, int] | None = None  # the identity of the file once it was opened
         self._wal: tuple[int, int] | None = None  # of the -wal file that the connections use
         self._wal_checked = 0.0  # when, by time.monotonic()
-        self._inherited: list[_Slot] = []  # from the parent process; kept, because garbage collection would close them
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
@@ -373,9 +374,20 @@ class Database:
                 slot.close()
                 slot.lock.release()
 
+    def before_fork(self) -> None:
+        """Close the connections and hold their locks: SQLite's own locks do not survive a fork."""
+        self._held = [slot for slot in self._slots if slot.lock.acquire(timeout=CLOSE_TIMEOUT)]
+        for slot in self._held:
+            slot.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Continue in the parent process."""
+        for slot in self._held:
+            slot.lock.release()
+
     def after_fork(self) -> None:
-        """Drop, but do not close, the connections inherited from the parent process."""
-        self._inherited += self._slots
+        """Start without connections in the child process. One that was still busy is never closed there."""
+        self._inherited = self._slots
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def _connect(self, slot: _Slot) -> sqlite3.Connection:
@@ -482,6 +494,7 @@ def _sync(path: str) -> None:
 # The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
+MAX_WAITING = 64  # requests per core that hash or wait for it: more could not be hashed in time
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
@@ -644,21 +657,27 @@ class Users(Database):
     def _reset_locks(self) -> None:
         """Create what has locks. Again in a forked child, where the threads that held them do not exist."""
         self._cores = threading.BoundedSemaphore(self._hashers)
+        self._places = threading.BoundedSemaphore(self._hashers * MAX_WAITING)
         self._attempts = Attempts()
 
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
         """Hold one of the cores for a hash. Raise Busy."""
-        cores = self._cores
-        waited = not cores.acquire(blocking=False)
-        if waited and not cores.acquire(timeout=HASH_TIMEOUT):
-            raise Busy("no core was free to hash a password")
+        cores, places = self._cores, self._places
+        if not places.acquire(blocking=False):
+            raise Busy("too many requests wait for a core to hash a password")
         try:
-            if waited and this_thread.is_abandoned():
-                raise Busy("the client disconnected before its password was hashed")
-            yield
+            waited = not cores.acquire(blocking=False)
+            if waited and not cores.acquire(timeout=HASH_TIMEOUT):
+                raise Busy("no core was free to hash a password")
+            try:
+                if waited and this_thread.is_abandoned():
+                    raise Busy("the client disconnected before its password was hashed")
+                yield
+            finally:
+                cores.release()
         finally:
-            cores.release()
+            places.release()
 
     # The storage.
 
@@ -772,6 +791,16 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
 _instances: WeakSet[Users] = WeakSet()
 
 
+def _before_fork() -> None:
+    for users in list(_instances):
+        users.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for users in list(_instances):
+        users.after_fork_in_parent()
+
+
 def _after_fork() -> None:
     for users in list(_instances):
         users._reset_locks()
@@ -779,7 +808,7 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 
 
 def count_cores() -> int:
@@ -1443,6 +1472,7 @@ DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop all
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 ACCEPT_PAUSE = 0.01  # when a connection cannot be accepted
+STOP_INTERVAL = 1.0  # between checks of signals, without connections
 CHECK_INTERVAL = 0.1  # between checks of the deadlines
 WORKERS = 256  # threads at most: most of them wait for a core or a lock
 MAX_CONNECTIONS = 20_000  # if the limit of open files allows
@@ -1564,7 +1594,8 @@ class Server(WSGIServer):
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
-        for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else None):
+        # Not forever: a signal that arrives right before the wait is handled after it.
+        for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else STOP_INTERVAL):
             key.data()
         now = time.monotonic()
         if now > self._next_check:
@@ -1668,11 +1699,14 @@ class Connection:
 
     def _receive_request(self) -> Steps[WSGIEnvironment]:
         """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
-        self.deadline = time.monotonic() + HEAD_TIMEOUT
+        self.deadline, self.head = time.monotonic() + HEAD_TIMEOUT, b""
         searched = 0
         while not (end := HEAD_END.search(self.received, max(0, searched - 2))):  # the end may straddle two reads
+            if b"\n" in self.head.lstrip(b"\r\n"):  # the request line is complete, and was checked
+                check_head_size(self.received)
+            else:
+                check_incomplete_head(self.received)
             self.head = self.received
-            check_incomplete_head(self.received)
             searched = len(self.received)
             yield from self._receive("The head ends before its empty line")
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import json
 import os
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
-import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -592,25 +592,43 @@ def test_must_exist_does_not_create_the_file(users, path):
 
 @needs_fork
 @ignores_fork_warning
-def test_child_neither_uses_nor_closes_the_connections_of_its_parent(application, users, connections):
-    """sqlite.org/howtocorrupt.html, section 2.6."""
+def test_fork_closes_the_connections_first(application, connections):
+    """SQLite's locks do not survive a fork: sqlite.org/howtocorrupt.html, section 2.6."""
     opened, _ = connections
     assert (post(application).status, call(application, QUERY_STRING="q=harry").status) == (201, 200)
-    inherited = [weakref.ref(connection) for connection in opened]
-    assert len(inherited) == 3
-    opened.clear()
+    before = list(opened)
+    assert len(before) == 3
+    assert in_a_fork(lambda: post(application, json.dumps(RON).encode()).status == 201)
+    for connection in before:
+        with pytest.raises(sqlite3.ProgrammingError):
+            connection.execute("SELECT 1")
+    assert len(call(application).json) == 2
 
-    def child():
-        statuses = [post(application, json.dumps(RON).encode()).status, call(application).status]
-        statuses.append(call(application, QUERY_STRING="q=harry").status)
-        own = len(opened)
-        application.close()
-        gc.collect()
-        return (statuses, own) == ([201, 200, 200], 3) and all(parent().execute("SELECT 1") for parent in inherited)
 
-    assert in_a_fork(child)
-    assert users.count() == 2
-    assert opened == []
+@needs_fork
+@ignores_fork_warning
+def test_daemon_whose_parent_ended_loses_no_write(application, path):
+    """Without locks of its own, its -wal file would be deleted by the next process that closes the database."""
+    other = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE user SET last_name = 1'); c.commit()"
+    )
+    read, write = os.pipe()
+    if os.fork() == 0:
+        post(application)
+        parent = os.getpid()
+        if os.fork() == 0:
+            until(lambda: os.getppid() != parent)
+            users = application.users
+            users.insert("a", "b", "a@example.com", "hash")
+            subprocess.run([sys.executable, "-c", f"{other}; c.close()", str(path)], check=True)
+            users.insert("a", "b", "b@example.com", "hash")
+            os.write(write, b"done")
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 4) == b"done"
+    os.close(read)
+    os.wait()
+    assert execute(path, 'SELECT count(*) FROM "user"') == [(3,)]
 
 
 @needs_fork
