@@ -188,16 +188,18 @@ class Session:
 def test_transcripts_are_what_happens(tmp_path, name):
     with contextlib.ExitStack() as stack:
         session = Session(tmp_path, stack)
-        if name == "docs/operate.md":  # its reader has a user
+        if name == "docs/operate.md":  # its reader has a user and a token
             with contextlib.closing(profiler.create_app(tmp_path / "db.sqlite3", iterations=1)) as application:
                 assert call(application, "POST", fields=HARRY).status == 201
+            (tmp_path / "token").write_text(f"a-token-to-replace\n{TOKEN}\n")
+            session.serve("--token-file", "token")
         for console in blocks(PAGES[name], "console"):
             for command, expected in steps(console):
                 session.check(command, expected)
 
 
 @needs_bash
-def test_restore_steps_bring_the_users_back(tmp_path):
+def test_restore_steps_bring_the_users_back_and_keep_the_old_files(tmp_path):
     folder, backups = tmp_path / "lib", tmp_path / "backup"
     folder.mkdir(), backups.mkdir()
     fill(backups / "users-2026-11-27.sqlite3", 3)
@@ -209,6 +211,18 @@ def test_restore_steps_bring_the_users_back(tmp_path):
     subprocess.run(["bash", "-euc", script], check=True)
     assert execute(folder / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(3,)]
     assert (folder / "db.sqlite3").stat().st_mode & 0o777 == 0o600
+    [replaced] = folder.glob("replaced-*/db.sqlite3")
+    assert execute(replaced, 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+@needs_bash
+def test_command_for_a_new_token_appends_a_valid_one(tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    command = re.search("^ *(python3 -c .*)$", section(OPERATE, "Tokens"), re.MULTILINE)[1]
+    subprocess.run(["bash", "-euc", command.replace("python3", sys.executable)], cwd=tmp_path, check=True)
+    old, new = profiler.create_app(tmp_path / "db.sqlite3", token=(tmp_path / "token").read_text()).tokens
+    assert old == TOKEN.encode()
+    assert len(new) >= profiler.MIN_TOKEN
 
 
 @needs_bash
@@ -229,7 +243,7 @@ def test_cron_line_writes_a_backup(tmp_path):
 
 
 def test_index_for_a_case_sensitive_column_is_used_to_find_an_email(tmp_path):
-    [statement] = blocks(PAGES["docs/databases.md"], "sql")
+    [statement] = blocks(section(PAGES["docs/databases.md"], "Databases of the tutorial"), "sql")
     schema = (HERE / "schema.sql").read_text("utf-8").replace(" COLLATE NOCASE", "")
     with contextlib.closing(sqlite3.connect(tmp_path / "db.sqlite3")) as connection:
         connection.executescript(schema + statement)
@@ -275,10 +289,28 @@ def test_mount_inside_another_application_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "site"}
     exec(blocks(section(DEPLOY, "Inside another application"), "python")[0], namespace)
+    site = namespace["site"]
+    site.route("/")(lambda: "the site itself")
     with contextlib.closing(namespace["accounts"]):
         environ = {"path": "/accounts/users/", "HTTP_HOST": "accounts.example.com"}
-        assert call(namespace["application"], **environ).status == 403
-        assert call(namespace["application"], **environ, REMOTE_USER="admin").json == []
+        assert call(site, **environ).status == 403
+        assert call(site, **environ, REMOTE_USER="admin").json == []
+        assert call(site, path="/").body == b"the site itself"
+
+
+@needs_bash
+def test_command_for_another_application_serves_it(tmp_path):
+    pytest.importorskip("flask")
+    pytest.importorskip("gunicorn")
+    text, port = section(DEPLOY, "Inside another application"), free_port()
+    (tmp_path / "website.py").write_text(blocks(text, "python")[0])
+    environ = {
+        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port}",
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
+    with running(["bash", "-c", blocks(text, "sh")[0]], tmp_path, **environ):
+        until(lambda: listens(port))
+        assert ask(f"http://127.0.0.1:{port}/accounts/users/")[::2] == (403, b"Log in as admin\n")
 
 
 # -- import ------------------------------------------------------------------------------------------------------------
@@ -293,13 +325,13 @@ def scripts(tmp_path):
     return tmp_path
 
 
-def run_import(folder, script, port, **environ):
+def run_import(folder, script, port, status=0, **environ):
     """Return what an import script writes to stdout and to stderr."""
     environ = {**os.environ, "PROFILER_URL": f"http://127.0.0.1:{port}", "PROFILER_TOKEN": TOKEN, **environ}
     output = subprocess.run(
         [sys.executable, script], cwd=folder, env={**environ, "no_proxy": "*"}, capture_output=True, text=True
     )
-    assert output.returncode == 0, output.stderr
+    assert output.returncode == status, output.stderr
     return output.stdout, output.stderr
 
 
@@ -310,7 +342,8 @@ def verify(port, email, password):
 
 def test_users_of_a_csv_file_are_imported(scripts, tmp_path):
     (tmp_path / "users.csv").write_text(
-        "\ufeffid,first_name,last_name,email,password\n7,Jo,Müller,jo@example.com,s3cret\n8,Al,,al@example.com,s3cret\n",
+        "\ufeff" + blocks(PAGES["docs/move-in.md"], "csv")[0].strip() + ",password_hash\n"
+        "7,Jo,Müller,jo@example.com,s3cret,\n8,Al,,al@example.com,s3cret,,too many\n",
         encoding="utf-8",
     )
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
@@ -319,6 +352,14 @@ def test_users_of_a_csv_file_are_imported(scripts, tmp_path):
             "8,al@example.com,Required fields are missing\n",
         )
         assert verify(port, "jo@example.com", "s3cret") == 200
+
+
+def test_import_stops_at_a_wrong_token(scripts, tmp_path):
+    (tmp_path / "users.csv").write_text("id,first_name,last_name,email,password\n7,Jo,Bo,jo@example.com,s3cret\n")
+    with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
+        output = run_import(tmp_path, "import_csv.py", port, status=1, PROFILER_TOKEN="wrong")
+    url, message = f"http://127.0.0.1:{port}/users/", "Send the header Authorization: Bearer TOKEN"
+    assert output == ("", f'{url}: 401 {{"error":"{message}"}}\n\n')
 
 
 def test_users_of_a_flask_application_are_imported(scripts, tmp_path):
@@ -334,8 +375,10 @@ def test_users_of_a_flask_application_are_imported(scripts, tmp_path):
             "INSERT INTO user VALUES (?, ?, ?, ?)", [*users, (13, "bc", "bc@example.com", "$2b$12$x")]
         )
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
-        output = run_import(tmp_path, "import_flask.py", port)
+        output = run_import(tmp_path, "import_flask.py", port, PROFILER_URL=f"http://127.0.0.1:{port}/")
         assert output == ("11,1\n12,2\n13,3\n", "13,bc@example.com,needs a reset\n")
+        again, problems = run_import(tmp_path, "import_flask.py", port)
+        assert (again, problems.count("This email is already registered"), "reset" in problems) == ("", 3, False)
         assert [verify(port, f"user{i}@example.com", f"pass-{i}") for i in (11, 12)] == [200, 200]
         assert [verify(port, f"user{i}@example.com", "guess") for i in (11, 12)] == [403, 403]
 
@@ -550,7 +593,7 @@ def test_every_status_is_documented():
         ("README.md", f"`{profiler.ITERATIONS}`"),
         ("docs/operate.md", f"at most {profiler.MAX_ITERATIONS}"),
         ("docs/operate.md", f"at least {profiler.MIN_TOKEN} characters"),
-        ("docs/operate.md", f"more than {profiler.MAX_PENDING:,} entries"),
+        ("docs/operate.md", f"up to {profiler.MAX_PENDING:,} entries wait"),
         ("docs/deploy.md", f"within {profiler.DRAIN_TIMEOUT:.0f} seconds"),
         ("docs/deploy.md", f"up to {profiler.MAX_CONNECTIONS:,} connections"),
         ("docs/deploy.md", f"the {profiler.IDLE_TIMEOUT} seconds after which the service closes idle"),
@@ -565,11 +608,13 @@ def test_every_status_is_documented():
         ("docs/api.md", f"n·r·p of at most {profiler.MAX_SCRYPT_COST:,}"),
         ("docs/api.md", f"with {profiler.ITERATIONS:,} iterations"),
         ("docs/api.md", f"waits up to {profiler.HASH_TIMEOUT:.0f} seconds for a free core"),
+        ("docs/api.md", f"if {profiler.MAX_WAITING} for each core hash or wait"),
         ("docs/api.md", f"idle for {profiler.IDLE_TIMEOUT} seconds"),
         ("docs/api.md", f"`Keep-Alive: timeout={profiler.IDLE_TIMEOUT}`"),
         ("docs/api.md", f"within {profiler.HEAD_TIMEOUT:.0f} seconds, a body within {profiler.BODY_TIMEOUT:.0f}"),
         ("docs/api.md", f"every {profiler.SEND_TIMEOUT:.0f} seconds"),
         ("docs/design.md", f"batches of {profiler.BATCH}"),
+        ("docs/design.md", f"Up to {profiler.WORKERS} workers"),
     ],
 )
 def test_stated_limits_are_those_of_the_module(name, statement):
