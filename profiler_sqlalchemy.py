@@ -246,20 +246,20 @@ def _create_engine(url: URL) -> Engine:
 
 def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -> None:
     """Prepare a new connection for use. Raise Unavailable if the database cannot store every character."""
+    _limit_waiting(connection, info)
+    info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
     encoding = connection.info.parameter_status("server_encoding")
     if encoding == "SQL_ASCII":
         _replace_invalid_utf8(connection)
     elif encoding != "UTF8":
         raise Unavailable(f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'")
-    _limit_waiting(connection, info)
-    info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
     if connection.info.backend_pid != connection.execute("SELECT pg_backend_pid()").fetchone()[0]:
         # There is a pooler. Its clients may share a session, and with it the names of prepared statements: a statement
         # would execute another client's. Settings would apply to others, too.
         connection.prepare_threshold = None
     elif set_timeout:
         connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
-    del info["deadline"]
+    info["deadline"] = float("inf")
 
 
 def _replace_invalid_utf8(connection: Any) -> None:
@@ -287,7 +287,7 @@ def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
             wanted = next(steps)
             while True:
                 ready = yield wanted
-                if not ready and time.monotonic() > info.get("deadline", float("inf")):
+                if not ready and time.monotonic() > info["deadline"]:
                     connection.close()
                     raise OperationalError("the server does not answer")
                 wanted = steps.send(ready)
@@ -638,10 +638,11 @@ class _Side:
         last_id = self.execute(f"SELECT max(id) FROM {self.dialect.table}").scalar() or 0
         if self.is_sqlite and not self.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").first():
             return int(last_id)
-        row = self.execute(self.dialect.last_id).first() or (0,)
-        # MySQL's row ends with the statement that would create the table.
-        match = re.search("AUTO_INCREMENT=([0-9]+)", str(row[-1]))
-        return max(last_id, int(match[1]) - 1 if match else 0 if len(row) > 1 else row[0] or 0)
+        row: Sequence[Any] = self.execute(self.dialect.last_id).first() or (0,)
+        if len(row) > 1:  # MySQL's row ends with the statement that would create the table
+            match = re.search("AUTO_INCREMENT=([0-9]+)", row[1])
+            return int(match[1]) - 1 if match else 0
+        return max(last_id, row[0] or 0)
 
     def set_last_id(self, last_id: int) -> None:
         """Make ids continue after this one."""
@@ -672,9 +673,10 @@ class _Side:
         """Raise ValueError, which names the first user who is not served as in these rows."""
         condition = "WHERE id BETWEEN :first AND :last ORDER BY id"
         stored = self.execute(f"{self.select} {condition}", {"first": rows[0][0], "last": rows[-1][0]}).all()
-        for row, stored_row in zip(rows, map(tuple, stored)):
-            if row != stored_row:
-                changed = [name for name, old, new in zip(_FIELDS, row, stored_row) if old != new]
+        stored_rows = {row[0]: tuple(row) for row in stored}
+        for row in rows:
+            changed = [name for name, old, new in zip(_FIELDS, row, stored_rows.get(row[0], ("",) * 6)) if old != new]
+            if changed:
                 raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
 
 
@@ -719,7 +721,7 @@ def _copy_rows(old: _Side, new: _Side, total: int) -> int:
 
     copied = 0
     with tqdm(total=total, unit=" users", disable=None) as progress:
-        for batch in old.execute(f"{old.select} ORDER BY id", yield_per=COPY_BATCH).partitions():
+        for batch in old.execute(f"{old.select} ORDER BY id", yield_per=COPY_BATCH).partitions(COPY_BATCH):
             rows = [tuple(row) for row in batch]
             new.insert(rows)
             new.check(rows)

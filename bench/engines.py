@@ -1,9 +1,10 @@
-"""Measure profiler on SQLite, PostgreSQL and MariaDB, beside Flask-SQLAlchemy on PostgreSQL; write ENGINES.md.
+"""Measure profiler on SQLite, PostgreSQL and MariaDB, next to the bare drivers and Flask-SQLAlchemy; write ENGINES.md.
 
     python -m pip install '.[postgresql,mysql,test]' -r bench/requirements.txt
     python bench/engines.py [--quick]
 
-The servers are started here, with commits on disk. HTTP loads need wrk. Figures are medians of rounds taken in turns.
+The servers are started here, with durable commits. Loads over HTTP need wrk. Figures are medians of rounds in which all
+candidates take turns.
 """
 
 import argparse
@@ -17,36 +18,51 @@ import statistics
 import sys
 import tempfile
 import tracemalloc
+from importlib.metadata import version
 
 import run
 from run import HERE, fill, gets, in_turns, puts, python, request, requests_per_second, say, serving, table
 
-import profiler
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+from servers import database_of, mariadb, postgresql  # noqa: E402
 
-sys.path.insert(0, str(HERE.parent))
-import profiler_sqlalchemy
-from test_profiler_sqlalchemy import MariaDB, PostgreSQL, database_of
+import profiler_sqlalchemy  # noqa: E402
 
 COUNT = 100_000
-
-
-@contextlib.contextmanager
-def started(server):
-    with contextlib.closing(server):
-        server.initialise()
-        if server.process is None:
-            server.start()
-        yield server
+COLUMNS = "id, first_name, last_name, email, created_on"
+FLASK = "Flask-SQLAlchemy, PostgreSQL"
 
 
 def peer_table(server, url):
-    """Give the peer a database with the same users, in the table as its model has it; return the URL."""
-    name = database_of(url)
-    peer = server.make_database(f"TEMPLATE {name}")
+    """Create a database with the same users for the peer, in the table of its model; return the URL."""
+    peer = server.make_database(f"TEMPLATE {database_of(url)}")
     for statement in ('ALTER TABLE "user" DROP COLUMN email_key', 'CREATE UNIQUE INDEX ON "user" (email)'):
         server.execute(statement, database_of(peer))
     server.execute('VACUUM ANALYZE "user"', database_of(peer))
     return peer
+
+
+def bare(connection, table):
+    """Return an application that only executes the statement of a request with the driver, and returns nothing.
+
+    psycopg prepares a statement at its sixth execution; PyMySQL never does.
+    """
+
+    def application(environ, start_response):
+        user_id = int(environ["PATH_INFO"].split("/")[2])
+        with connection.cursor() as cursor:
+            if environ["REQUEST_METHOD"] == "GET":
+                cursor.execute(f"SELECT {COLUMNS} FROM {table} WHERE id = %s", (user_id,))
+                cursor.fetchall()
+            else:
+                email = f"{user_id}.{random.random()}@b.c"
+                cursor.execute(
+                    f"UPDATE {table} SET first_name = %s, last_name = %s, email = %s, email_key = %s WHERE id = %s",
+                    ("F", "L", email, email, user_id),
+                )
+        return (b"",)
+
+    return application
 
 
 def pages(users, count):
@@ -57,23 +73,26 @@ def pages(users, count):
     return templates
 
 
-def measure_in_process(urls, peer, quick):
-    apps = {f"profiler, {name}": profiler.create_app(url) for name, url in urls.items()}
+def measure_in_process(urls, peer, drivers, quick):
+    apps = {f"profiler, {name}": profiler_sqlalchemy.create_app(url) for name, url in urls.items()}
     os.environ["PEER_DATABASE"] = peer
     import peer_flask_sqlalchemy
 
-    apps["Flask-SQLAlchemy, PostgreSQL"] = peer_flask_sqlalchemy.app
-    for title, unit, scale, templates, rounds in (
-        ("One user", "µs", 1e6, gets(COUNT, 50 if quick else 500), 7),
-        ("One update, committed", "µs", 1e6, puts(COUNT, 20 if quick else 200), 7),
-        ("A page of 100", "µs", 1e6, pages(COUNT, 10 if quick else 100), 7),
-        (f"{COUNT:,} users listed", "ms", 1e3, lambda _: [request("GET", "/users/")], 3),
+    apps[FLASK] = peer_flask_sqlalchemy.app
+    for title, unit, scale, templates, rounds, candidates in (
+        ("One user", "µs", 1e6, gets(COUNT, 50 if quick else 500), 7, {**apps, **drivers}),
+        ("One update, committed", "µs", 1e6, puts(COUNT, 20 if quick else 200), 7, {**apps, **drivers}),
+        ("A page of 100", "µs", 1e6, pages(COUNT, 10 if quick else 100), 7, apps),
+        (f"{COUNT:,} users listed", "ms", 1e3, lambda _: [request("GET", "/users/")], 3, apps),
     ):
         say(title)
-        seconds = in_turns(apps, templates, 2 if quick else rounds)
+        seconds = in_turns(candidates, templates, 2 if quick else rounds)
         first = seconds["profiler, SQLite"]
         rows = [[who, f"{s * scale:,.0f}", f"{s / first:.1f}"] for who, s in seconds.items()]
         yield f"## {title}, in process\n\n" + table(["", unit, "times SQLite's"], rows)
+        if candidates is not apps:
+            ratio = seconds["profiler, PostgreSQL"] / seconds["psycopg, one statement"]
+            yield f"On PostgreSQL, profiler takes {ratio:.2f} times the bare driver's statement.\n"
     rows = []
     for who, app in apps.items():
         say(f"memory of the list: {who}")
@@ -82,7 +101,7 @@ def measure_in_process(urls, peer, quick):
         run.call(app, request("GET", "/users/"))
         rows.append([who, f"{tracemalloc.get_traced_memory()[1] / 2**20:.1f} MB"])
         tracemalloc.stop()
-    yield f"## Memory while {COUNT:,} users are listed\n\n" + table(["", "most that Python held"], rows)
+    yield f"## Memory while {COUNT:,} users are listed\n\n" + table(["", "peak of Python's memory"], rows)
     for app in apps.values():
         if hasattr(app, "close"):
             app.close()
@@ -92,11 +111,12 @@ def measure_http(urls, peer, quick):
     def gunicorn(workers, app):
         return python("-m", "gunicorn", f"-w{workers}", "--threads", "8", "-b", "127.0.0.1:PORT", app)
 
-    own = "profiler:application"
+    own, flask = "profiler_sqlalchemy:application", "peer_flask_sqlalchemy:app"
     servers = {f"profiler, {name}, 2 processes": (gunicorn(2, own), url) for name, url in urls.items()}
-    servers["Flask-SQLAlchemy, PostgreSQL, 2 processes"] = (gunicorn(2, "peer_flask_sqlalchemy:app"), peer)
+    servers[f"{FLASK}, 2 processes"] = (gunicorn(2, flask), peer)
     for workers in (1, 4):
         servers[f"profiler, PostgreSQL, {workers} processes"] = (gunicorn(workers, own), urls["PostgreSQL"])
+        servers[f"{FLASK}, {workers} processes"] = (gunicorn(workers, flask), peer)
     for title, path, seconds, rounds in (
         ("One user", "/users/4711/", 5, 3),
         (f"{COUNT:,} users listed", "/users/", 10, 1),
@@ -109,33 +129,50 @@ def measure_http(urls, peer, quick):
                     requests_per_second(port, "/users/4711/", 1)
                     rates[who].append(requests_per_second(port, path, 2 if quick and seconds == 5 else seconds))
         medians = {who: statistics.median(values) for who, values in rates.items()}
-        flask = medians["Flask-SQLAlchemy, PostgreSQL, 2 processes"]
-        rows = [[who, f"{rate:,.1f}", f"{rate / flask:.2f}"] for who, rate in medians.items()]
-        head = ["gunicorn, 8 threads a process", "requests a second", "times Flask-SQLAlchemy's"]
+        rows = []
+        for who, rate in medians.items():
+            peers_rate = medians[f"{FLASK}, {who.rpartition(', ')[2]}"]
+            rows.append([who, f"{rate:,.1f}", f"{rate / peers_rate:.2f}"])
+        head = ["gunicorn, 8 threads per process", "requests per second", "times Flask-SQLAlchemy's"]
         yield f"## {title} over HTTP, 16 connections\n\n" + table(head, rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure profiler on three engines.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; ENGINES.md stays as it is")
+    parser = argparse.ArgumentParser(description="Measure profiler on three databases.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; ENGINES.md is not written")
     quick = parser.parse_args().quick
+    os.environ["PROFILER_ANONYMOUS"] = "1"
     with (
         tempfile.TemporaryDirectory() as name,
-        started(PostgreSQL(fsync="on")) as postgresql,
-        started(MariaDB(**{"innodb-flush-log-at-trx-commit": 1})) as mariadb,
+        postgresql(fsync="on") as postgresql_server,
+        mariadb(**{"innodb-flush-log-at-trx-commit": 1}) as mariadb_server,
+        contextlib.ExitStack() as stack,
     ):
         path = fill(pathlib.Path(name), "own", COUNT)
-        urls = {"SQLite": path, "PostgreSQL": postgresql.make_database(), "MariaDB": mariadb.make_database()}
-        for url in list(urls.values())[1:]:
-            say(profiler_sqlalchemy.copy(path, url))
-        peer = peer_table(postgresql, urls["PostgreSQL"])
-        versions = f"{postgresql.execute('SHOW server_version')[0][0]} and {mariadb.execute('SELECT version()')[0][0]}"
+        urls = {
+            "SQLite": path,
+            "PostgreSQL": postgresql_server.make_database(),
+            "MariaDB": mariadb_server.make_database(),
+        }
+        for url in (urls["PostgreSQL"], urls["MariaDB"]):
+            profiler_sqlalchemy.main(["copy", path, url])
+        peer = peer_table(postgresql_server, urls["PostgreSQL"])
+        postgresql_server.execute('VACUUM ANALYZE "user"', database_of(urls["PostgreSQL"]))
+        drivers = {}
+        for who, server, url in (
+            ("psycopg, one statement", postgresql_server, urls["PostgreSQL"]),
+            ("PyMySQL, one statement", mariadb_server, urls["MariaDB"]),
+        ):
+            connection = stack.enter_context(contextlib.closing(server.connect(database_of(url))))
+            drivers[who] = bare(connection, server.table)
+        postgresql_version = postgresql_server.execute("SHOW server_version")[0][0]
+        versions = f"PostgreSQL {postgresql_version}, MariaDB {mariadb_server.execute('SELECT version()')[0][0]}"
         head = (
-            f"# Results on three engines\n\nMade by `python bench/engines.py` on {datetime.date.today()}: "
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-            f"PostgreSQL and MariaDB {versions}, on the same machine as their clients.\n"
+            f"# Results on three databases\n\nMade by `python bench/engines.py` on {datetime.date.today()}: "
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, "
+            f"psycopg {version('psycopg')}, PyMySQL {version('pymysql')}, servers and clients on the same machine.\n"
         )
-        report = [*measure_in_process(urls, peer, quick), *measure_http(urls, peer, quick)]
+        report = [*measure_in_process(urls, peer, drivers, quick), *measure_http(urls, peer, quick)]
     text = "\n".join([head, *report])
     print(text)
     if not quick:
