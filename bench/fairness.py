@@ -2,8 +2,8 @@
 
     python bench/fairness.py [--users 1000000] [--idle 10000] [--seconds 4] [--module profiler.py]
 
-Each row: the time within which 50 and 99 of 100 GETs of one user were answered, in milliseconds, while other clients did
-what the row says. The reader sends a request every 2 ms over one connection. All processes run on this machine.
+Each row: the time within which 50 and 99 of 100 GETs of one user were answered, in milliseconds, while other clients
+did what the row says. The reader sends a request every 2 ms over one connection. All processes run on this machine.
 """
 
 import argparse
