@@ -285,7 +285,7 @@ class Database:
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
         """Return all rows of a SELECT. A slow one has its own connection. Raise Busy, Unavailable, WouldBlock."""
         slot = self._searcher if slow else self._reader
-        if slow or not slot.lock.acquire(blocking=False):
+        if slow or not slot.lock.acquire(False):
             slot.wait()
         try:
             return _execute(slot.connection or self._connect(slot), statement, parameters).fetchall()
@@ -791,24 +791,16 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
 _instances: WeakSet[Users] = WeakSet()
 
 
-def _before_fork() -> None:
+def _call_all(method: str) -> None:
     for users in list(_instances):
-        users.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for users in list(_instances):
-        users.after_fork_in_parent()
-
-
-def _after_fork() -> None:
-    for users in list(_instances):
-        users._reset_locks()
-        users.after_fork()
+        getattr(users, method)()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
+    os.register_at_fork(before=functools.partial(_call_all, "before_fork"))
+    os.register_at_fork(after_in_parent=functools.partial(_call_all, "after_fork_in_parent"))
+    os.register_at_fork(after_in_child=functools.partial(_call_all, "_reset_locks"))
+    os.register_at_fork(after_in_child=functools.partial(_call_all, "after_fork"))
 
 
 def count_cores() -> int:
@@ -1077,7 +1069,7 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 200 with the user, or 304 if the client has it."""
     user = users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    if check_preconditions(environ, user):
+    if make_guard(environ) and check_preconditions(environ, user):
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON, entity_tag)
 
