@@ -719,9 +719,10 @@ def _copy_rows(old: _Side, new: _Side, total: int) -> int:
     """Copy all rows, with a progress bar on a terminal. Return how many. Raise as _Side.insert and _Side.check."""
     from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]  # only needed here
 
-    copied = 0
-    with tqdm(total=total, unit=" users", disable=None) as progress:
-        for batch in old.execute(f"{old.select} ORDER BY id", yield_per=COPY_BATCH).partitions(COPY_BATCH):
+    copied, statement = 0, f"{old.select} ORDER BY id"
+    progress = tqdm(total=total, unit=" users", disable=None)
+    with progress, contextlib.closing(old.execute(statement, yield_per=COPY_BATCH)) as result:
+        for batch in result.partitions(COPY_BATCH):
             rows = [tuple(row) for row in batch]
             new.insert(rows)
             new.check(rows)
