@@ -135,7 +135,9 @@ def in_a_fork(function):
 def run_program(program, folder, **environ):
     """Run a Python program that may import profiler. Return the completed process."""
     environ = {**os.environ, "PYTHONPATH": os.path.dirname(profiler.__file__), **environ}
-    return subprocess.run([sys.executable, "-c", program], env=environ, cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environ, cwd=folder, capture_output=True, text=True, timeout=60
+    )
 
 
 def copy_module(folder, *more):

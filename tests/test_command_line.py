@@ -496,7 +496,7 @@ def test_missing_schema_is_one_line_and_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path) == ["profiler.py"]
 
 
-WITHOUT_SQLITE = "import sys; sys.modules['_sqlite3'] = None"
+WITHOUT_SQLITE = "import sys; sys.modules['sqlite3'] = None"
 WITHOUT_OPENSSL = "import hashlib; del hashlib.pbkdf2_hmac"
 
 
