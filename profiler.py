@@ -545,6 +545,7 @@ class Attempts:
             raise error
 
     def reset(self, account: int | str) -> None:
+        """Forget the failures of an account."""
         with self._lock:
             self._failures.pop(account, None)
 
@@ -1800,6 +1801,7 @@ class Log(io.TextIOBase):
         self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def write(self, text: str) -> int:
+        """Keep an entry until it is written."""
         if self.entries.qsize() < MAX_PENDING:
             self.entries.put(text)
         return len(text)
