@@ -440,7 +440,8 @@ def test_private_names_are_used_in_their_own_section_only():
         getattr(node, "name", getattr(node, "id", None)): section(node)
         for statement in tree.body
         for node in ([statement] if hasattr(statement, "name") else ast.walk(statement))
-        if hasattr(node, "name") or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
     }
     used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and re.match("_[^_]", node.id)]
     assert [node.id for node in used if homes.get(node.id, section(node)) != section(node)] == []
