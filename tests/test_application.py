@@ -176,7 +176,15 @@ def test_default_application_reads_the_environment_at_its_first_request(tmp_path
 def default(path, monkeypatch):
     """An application like profiler.application, before its first request."""
     monkeypatch.setenv("PROFILER_DATABASE", str(path))
-    return profiler.create_on_first_use(profiler.create_app)
+    created = []
+
+    def create():
+        created.append(profiler.create_app())
+        return created[-1]
+
+    yield profiler.create_on_first_use(create)
+    for application in created:
+        application.close()
 
 
 def test_default_application_serves_loopback_hosts_only(default):
