@@ -200,9 +200,8 @@ def _encode(password: str) -> bytes:
 # One SQLite file. Theory of operation: the threads of a process share one connection for reads, one for searches and
 # one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention. No
 # transaction stays open after a read. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE).
-# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. Before a fork the
-# connections are closed, and both processes open new ones. Text is returned as bytes, because it goes straight into
-# responses.
+# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. Before a fork the connections are
+# closed, and both processes open new ones. Text is returned as bytes, because it goes straight into responses.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock that another process holds
@@ -356,7 +355,7 @@ class Database:
                 os.link(part, path)  # unlike rename, it never replaces a file
             except FileExistsError:
                 raise
-            except OSError:  # the file system has no hard links
+            except OSError:  # no hard links here; a file created since the check would be replaced
                 os.rename(part, path)
             _sync(os.path.dirname(path))
         except (OSError, sqlite3.Error) as error:
@@ -1452,8 +1451,9 @@ def _http_date(second: int) -> str:
 # server resumes it with the result, or throws socket.timeout into it when its deadline has passed. Complete responses
 # to GET are made in the I/O thread: they take microseconds, and threads that compete for the GIL are slower. What may
 # wait for a lock, a core or a disk runs in workers, which are daemon threads: writes, hashes, reads that raise
-# WouldBlock, and each part of a streamed response. A worker only peeks at its connection's socket, and not at the
-# selector: it queues its result and wakes the I/O thread. The server never forks.
+# WouldBlock, and each part of a streamed response. A worker does not use the selector, and of its connection only the
+# socket, to look whether the client is there, and the response head: it queues its result and wakes the I/O thread.
+# One more thread writes the log. The server never forks.
 
 # Seconds unless stated otherwise.
 IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
