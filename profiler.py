@@ -16,10 +16,9 @@ Run:    `python profiler.py` serves http://127.0.0.1:5000/ on ./db.sqlite3. See 
 Embed:  `profiler:application` is a WSGI callable; `create_app()` returns one for another database.
 Copy:   you only need this file and schema.sql, side by side, and Python 3.9 or later with SQLite 3.27 or later.
 
-It keeps accounts and checks passwords. It has no sessions, no roles and sends no email.
-
-It reimplements the service of "Building REST APIs with Python and Flask", part 2, by Tony J
-(tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2), and keeps its paths, fields, messages, table and file.
+It keeps accounts and checks passwords. It has no sessions, no roles and sends no email. It reimplements the service of
+"Building REST APIs with Python and Flask", part 2, by Tony J, and keeps its paths, fields, messages, table and file:
+tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ try:
     import hmac
     import io
     import json
-    import math
     import os
     import queue
     import re
@@ -62,7 +60,7 @@ except ImportError as error:
 TYPE_CHECKING = False  # like typing.TYPE_CHECKING, but without importing typing at run time
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, TypeVar, Union
+    from typing import Any, Callable, Union
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     # Status, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
@@ -70,8 +68,7 @@ if TYPE_CHECKING:
     # Called inside the transaction with the stored user as JSON, or None; raises to abort the write.
     Guard = Callable[[Union[bytes, None]], object]
     Path = Union[str, bytes, os.PathLike[str]]
-    Result = TypeVar("Result")
-    Steps = Generator[Any, Any, Result]
+    Steps = Generator[Any, Any, Any]
 
 __all__ = ["app", "application", "create_app", "hash_password", "verify_password"]
 __version__ = "1.2.0"
@@ -91,6 +88,14 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
 BATCH = 500  # users read at once for the list, or on a page without a limit
+
+
+def parse_number(text: str, name: str, low: int, high: int) -> int:
+    """Return the number in a setting or a parameter. Raise ValueError."""
+    # ASCII only, unlike \d. int() takes at most 4,300 digits.
+    if not re.fullmatch("[0-9]{1,4000}", text) or not low <= int(text) <= high:
+        raise ValueError(f"{name} must be a number from {low} to {high}")
+    return int(text)
 
 
 # -- passwords ---------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ _HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]],
 
 def hash_password(password: str, iterations: int = ITERATIONS) -> str:
     """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`. Raise ValueError for NUL, a lone surrogate, wrong iterations."""
-    check_iterations(iterations)
+    iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
     salt = os.urandom(SALT_BYTES).hex()
     digest = pbkdf2_hmac("sha256", _encode(password), salt.encode(), iterations)
     return f"pbkdf2:sha256:{iterations}${salt}${digest.hex()}"
@@ -134,55 +139,45 @@ def verify_password(password_hash: str, password: str) -> bool:
 
     A hash that is malformed, unsupported or exceeds the limits above matches no password.
     """
+    matches = parse_hash(str(password_hash))
     try:
-        derive, digest = _parse_hash(str(password_hash))
         # Other programs may have hashed the password without normalising it.
         candidates = {_encode(password), password.encode()}
     except ValueError:
         return False
-    return any(hmac.compare_digest(derive(candidate), digest) for candidate in candidates)
+    return matches is not None and any(map(matches, candidates))
 
 
-def can_verify(password_hash: str) -> bool:
-    """Return True if verify_password supports this hash."""
+def parse_hash(password_hash: str) -> Callable[[bytes], bool] | None:
+    """Return a function that checks a password in UTF-8, or None if this hash cannot be verified here."""
     try:
-        _parse_hash(password_hash)
+        for pattern, decode_salt, decode_digest in _HASH_FORMATS:
+            if match := re.fullmatch(pattern, password_hash):
+                salt, digest = decode_salt(match["salt"]), decode_digest(match["digest"])
+                break
+        else:
+            return None
     except ValueError:
-        return False
-    return True
+        return None
+    if "iterations" in match.re.groupindex:
+        iterations = int(match["iterations"])
+        if iterations > MAX_ITERATIONS:
+            return None
+        return lambda password: hmac.compare_digest(pbkdf2_hmac("sha256", password, salt, iterations), digest)
+    n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
+    # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of Python have no scrypt.
+    is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
+    if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
+        return None
+    # maxmem is in bytes: what OpenSSL needs.
+    scrypt = functools.partial(hashlib.scrypt, salt=salt, n=n, r=r, p=p, maxmem=128 * r * (n + p + 3))
+    return lambda password: hmac.compare_digest(scrypt(password), digest)
 
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
     """Return True unless a hash has this service's own format with at least this many iterations."""
     match = re.fullmatch(_HASH_FORMATS[0][0], password_hash)
     return match is None or int(match["iterations"]) < iterations
-
-
-def check_iterations(iterations: int) -> None:
-    """Raise ValueError unless this is a valid number of PBKDF2 iterations."""
-    if type(iterations) is not int or not 1 <= iterations <= MAX_ITERATIONS:
-        raise ValueError(f"iterations must be a number from 1 to {MAX_ITERATIONS}")
-
-
-def _parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes]:
-    """Return the key derivation function and the digest of a hash. Raise ValueError if it cannot be verified here."""
-    for pattern, decode_salt, decode_digest in _HASH_FORMATS:
-        if match := re.fullmatch(pattern, password_hash):
-            salt, digest = decode_salt(match["salt"]), decode_digest(match["digest"])
-            break
-    else:
-        raise ValueError("unknown format")
-    if "iterations" in match.re.groupindex:
-        iterations = int(match["iterations"])
-        check_iterations(iterations)
-        return lambda password: pbkdf2_hmac("sha256", password, salt, iterations), digest
-    n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
-    # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of Python have no scrypt.
-    is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
-    if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
-        raise ValueError("unsupported cost of scrypt")
-    memory = 128 * r * (n + p + 3)  # bytes: what OpenSSL needs
-    return lambda password: hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=memory), digest
 
 
 def _encode(password: str) -> bytes:
@@ -260,26 +255,18 @@ class _Slot:
 class Database:
     """One SQLite file, created on first use. Threads and, after a fork, processes may share the object."""
 
-    _slots: tuple[_Slot, ...] = ()  # another storage has none
-
     def open(self, path: str) -> None:
-        """Store the absolute path; open nothing yet. Raise ValueError for what is not a file; Unavailable."""
+        """Store the absolute path; open nothing yet. Raise ValueError for what is not a file."""
         if not path or path == ":memory:":
             raise ValueError("the database must be a file, because a database in memory is lost with its connection")
         if "://" in path:
-            raise ValueError(
-                "run `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application for a database URL"
-            )
-        try:
-            # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
-            self.location = os.path.realpath(path)
-        except FileNotFoundError:
-            raise Unavailable(f"the current folder was deleted, so {path} cannot be found") from None
+            raise ValueError("for a database URL, run `python -m profiler_sqlalchemy`, or its application")
+        # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
+        self.location = os.path.realpath(path)
         self.created_table = False
         self._file: tuple[int, int] | None = None  # the identity of the file once it was opened
         self._wal: tuple[int, int] | None = None  # of the -wal file that the connections use
         self._wal_checked = 0.0  # when, by time.monotonic()
-        self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
         """Return all rows of a SELECT. A slow one has its own connection. Raise Busy, Unavailable, WouldBlock."""
@@ -297,24 +284,22 @@ class Database:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the write lock; commit at the end of the block, roll back if it raises. Raise Busy, Unavailable."""
-        deadline = time.monotonic() + BUSY_TIMEOUT
         slot = self._writer
         slot.wait()
         try:
             self.check_files()
             connection = slot.connection or self._connect(slot)
-            # Immediate, because a transaction that starts as a read fails at once if it cannot write.
-            _execute(connection, "BEGIN IMMEDIATE", deadline=deadline)
-            yield connection
-            _execute(connection, "COMMIT", deadline=deadline)
+            try:
+                # Immediate, because a transaction that starts as a read fails at once if it cannot write.
+                _execute(connection, "BEGIN IMMEDIATE")
+                yield connection
+                _execute(connection, "COMMIT")
+            finally:
+                connection.rollback()  # which does nothing after a commit
         except sqlite3.Error as error:
+            slot.close()
             raise self._translate(error) from None
         finally:
-            if slot.connection and slot.connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    slot.connection.rollback()
-                if slot.connection.in_transaction:
-                    slot.close()
             slot.lock.release()
 
     def check_files(self) -> None:
@@ -330,34 +315,29 @@ class Database:
         if is_due:
             self._wal_checked = now
 
-    def must_exist(self) -> None:
-        """Raise Unavailable if the file does not exist, and never create it from now on."""
-        self._file = _identify(self.location)
-        if self._file is None:
-            raise Unavailable("there is no such file")
-
     def backup(self, path: str) -> None:
         """Write a copy of the database to a new file, readable by its owner only, while others read and write.
 
         The copy is complete and on disk before it gets its name. Raise OSError, Unavailable.
         """
         path = os.path.abspath(path)
-        if os.path.realpath(path) in [self.location + suffix for suffix in ("-wal", "-shm", "-journal")]:
-            raise OSError(f"{path} is a name that SQLite uses next to the database: choose another")
-        if os.path.lexists(path):
-            raise OSError(f"{path} exists: choose a new file")
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
+            if os.path.lexists(path):
+                raise FileExistsError("choose a new file, this one exists")
+            if not os.path.exists(self.location):
+                raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             _execute(self._connect(slot), "VACUUM INTO ?", (part,))
-            _sync(part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
             try:
                 os.link(part, path)  # unlike rename, it never replaces a file
-            except FileExistsError:
-                raise
-            except OSError:  # no hard links here; a file created since the check would be replaced
+            except PermissionError:  # FAT has no links
                 os.rename(part, path)
-            _sync(os.path.dirname(path))
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
         except (OSError, sqlite3.Error) as error:
             raise OSError(f"cannot copy {self.location} to {path}: {error}") from None
         finally:
@@ -368,10 +348,8 @@ class Database:
 
     def close(self) -> None:
         """Close this process's connections, except one that is still busy after CLOSE_TIMEOUT."""
-        for slot in self._slots:
-            if slot.lock.acquire(timeout=CLOSE_TIMEOUT):
-                slot.close()
-                slot.lock.release()
+        self.before_fork()
+        self.after_fork_in_parent()
 
     def before_fork(self) -> None:
         """Close the connections and hold their locks: SQLite's own locks do not survive a fork."""
@@ -384,23 +362,29 @@ class Database:
         for slot in self._held:
             slot.lock.release()
 
-    def after_fork(self) -> None:
-        """Start without connections in the child process. One that was still busy is never closed there."""
-        self._inherited = self._slots
+    def reset_locks(self) -> None:
+        """Create the locks. Again in a forked child, where the threads that held them do not exist."""
+        # A parent's connection that was busy must never be closed here, not even by the garbage collector.
+        self._inherited = getattr(self, "_slots", ())
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def _connect(self, slot: _Slot) -> sqlite3.Connection:
         """Open the file, and create the file and the table if there are none. Raise sqlite3.Error, Unavailable."""
         self.check_files()
-        if self._file is None:
-            self._create_file()
+        if not os.path.exists(self.location):
+            read_schema()  # if this fails, no empty file is left
+            with contextlib.suppress(OSError):
+                # Left open, because closing it drops this process's locks (sqlite.org/howtocorrupt.html).
+                os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        elif 0 < os.path.getsize(self.location) < MIN_DATABASE:
+            raise sqlite3.DatabaseError("file is not a database")  # SQLite would overwrite it
         uri = f"file:{quote(os.fsencode(self.location))}?mode=rw"
         connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
         connection.text_factory = bytes
         try:
             # This fails while another process uses the file in another mode; then the mode stays as it is.
             with contextlib.suppress(sqlite3.OperationalError):
-                _execute(connection, "PRAGMA journal_mode = WAL", deadline=time.monotonic() + WAL_TIMEOUT).fetchall()
+                _execute(connection, "PRAGMA journal_mode = WAL", timeout=WAL_TIMEOUT).fetchall()
             _execute(connection, "PRAGMA synchronous = FULL")  # in WAL mode, sync every commit
             if not _execute(connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE").fetchall():
                 _execute(connection, read_schema())
@@ -412,17 +396,6 @@ class Database:
         slot.connection = connection
         return connection
 
-    def _create_file(self) -> None:
-        """Create the file if it does not exist, readable by its owner only."""
-        with contextlib.suppress(OSError):  # there is no such file
-            if 0 < os.path.getsize(self.location) < MIN_DATABASE:  # SQLite would overwrite it
-                raise sqlite3.DatabaseError("file is not a database")
-            return
-        read_schema()  # if this fails, no empty file is left
-        with contextlib.suppress(OSError):
-            # Left open: closing it would drop the locks of this process's connections (sqlite.org/howtocorrupt.html).
-            os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-
     def _translate(self, error: sqlite3.Error) -> Exception:
         """Return Busy or Unavailable for an operational error, others (a bug, a damaged file) unchanged."""
         if not isinstance(error, sqlite3.OperationalError):
@@ -430,7 +403,10 @@ class Database:
         if "lock" in str(error):
             return Busy(str(error))
         folder = os.path.dirname(self.location)
-        return Unavailable(str(error) if os.path.isdir(folder) else f"{error}: create the folder {folder}")
+        hint = "" if os.path.isdir(folder) else f": create the folder {folder}"
+        if "full" in str(error):  # SQLite reports both in the same way
+            hint = f", or no id is left because {MAX_ID} was used"
+        return Unavailable(f"{error}{hint}")
 
 
 def read_schema() -> str:
@@ -457,15 +433,16 @@ def read_file(name: str) -> bytes:
 
 
 def _execute(
-    connection: sqlite3.Connection, statement: str, parameters: Any = (), deadline: float = 0
+    connection: sqlite3.Connection, statement: str, parameters: Any = (), timeout: float | None = None
 ) -> sqlite3.Cursor:
-    """Execute a statement, retrying until the deadline while another process holds the lock."""
+    """Return the cursor of a statement, retried for `timeout` or BUSY_TIMEOUT while another process has the lock."""
     # SQLite's busy handler sleeps up to 100 ms between attempts, so it loses to writers that retry more often.
+    deadline = 0.0
     while True:
         try:
             return connection.execute(statement, parameters)
         except sqlite3.OperationalError as error:
-            deadline = deadline or time.monotonic() + BUSY_TIMEOUT
+            deadline = deadline or time.monotonic() + (timeout or BUSY_TIMEOUT)
             if "lock" not in str(error) or time.monotonic() > deadline:
                 raise
             if not this_thread.may_wait:
@@ -481,19 +458,10 @@ def _identify(path: str) -> tuple[int, int] | None:
     return None
 
 
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # -- users -------------------------------------------------------------------------------------------------------------
 # The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
-MAX_WAITING = 64  # requests per core that hash or wait for it: more could not be hashed in time
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
@@ -515,43 +483,15 @@ class WrongPassword(Exception):
 class TooManyAttempts(Exception):
     """Too many wrong passwords: try again after `retry_after` seconds."""
 
-    retry_after: int
-
-
-class TableInUse(Exception):
-    """The table holds users and --force was not given."""
-
-
-class Attempts:
-    """Counts the consecutive wrong passwords of each account, in memory."""
-
-    def __init__(self) -> None:
-        self._failures: dict[int | str, tuple[int, float]] = {}  # count and time of the last one; least recent first
-        self._lock = threading.Lock()
-
-    def begin(self, account: int | str) -> None:
-        """Count an attempt as a failure, until `reset` is called. Raise TooManyAttempts."""
-        with self._lock:
-            now = time.monotonic()
-            count, last = self._failures.pop(account, (0, now))
-            wait = last + ATTEMPT_INTERVAL - now if count >= MAX_FAILURES else 0
-            self._failures[account] = (count, last) if wait > 0 else (count + 1, now)
-            if len(self._failures) > MAX_TRACKED:
-                del self._failures[next(iter(self._failures))]
-        if wait > 0:
-            error = TooManyAttempts()
-            error.retry_after = math.ceil(wait)
-            raise error
-
-    def reset(self, account: int | str) -> None:
-        """Forget the failures of an account."""
-        with self._lock:
-            self._failures.pop(account, None)
+    def __init__(self, retry_after: int) -> None:
+        super().__init__()
+        self.retry_after = retry_after
 
 
 # Cast, because another program may have stored anything: json_object takes no BLOB, and created_on may be a number.
 _USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT), 'last_name', CAST(last_name AS TEXT),
     'email', CAST(email AS TEXT), 'created_on', CAST(created_on AS TEXT))"""
+_PASSWORD = "coalesce(CAST(password AS TEXT), '')"
 _GET = f'SELECT {_USER} FROM "user" WHERE id = ?'
 _CONTAINS = r"AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\' OR email LIKE :text ESCAPE '\')"
 
@@ -584,18 +524,26 @@ class Users(Database):
     First come the rules of accounts, then the storage: what a subclass for another database overrides.
     """
 
-    def __init__(self, database: str, iterations: int = ITERATIONS, hashers: int | None = None) -> None:
-        """Hash at most `hashers` passwords at once (default: the number of cores). Raise ValueError, Unavailable."""
-        check_iterations(iterations)
-        self.iterations = iterations
-        self._hashers = hashers or count_cores()
+    def __init__(self, database: Path | None = None, iterations: int | str | None = None) -> None:
+        """Open nothing yet. None stands for the setting in the environment, or the default. Raise ValueError."""
+        if database is None:
+            database = os.environ.get("PROFILER_DATABASE") or DATABASE
+        if iterations is None:
+            iterations = os.environ.get("PROFILER_ITERATIONS") or ITERATIONS
+        self.iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
         # Verified when there is no user or no usable hash, so that every attempt takes equally long.
-        self._dummy_hash = f"pbkdf2:sha256:{iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
-        self._reset_locks()
-        self.open(database)
+        self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
+        self.open(os.fsdecode(database))
+        self.reset_locks()
         _instances.add(self)
 
-    # The rules of accounts.
+    def reset_locks(self) -> None:
+        """Create the locks, and start counting anew."""
+        super().reset_locks()
+        self._cores = threading.BoundedSemaphore(count_cores())
+        # The number and the time of the last wrong passwords of an account, least recent first.
+        self._failures: dict[int | str, tuple[int, float]] = {}
+        self._failures_lock = threading.Lock()
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
@@ -604,14 +552,6 @@ class Users(Database):
         with self._core():
             password_hash = hash_password(password, self.iterations)
         return self.insert(first_name, last_name, email, password_hash)
-
-    def batches(self, after: int | None = None, descending: bool = False) -> Iterator[bytes]:
-        """Yield the users after an id in batches of BATCH. Each batch is a separate read."""
-        while True:
-            users, after = self.page(BATCH, after, descending=descending)
-            yield users
-            if after is None:
-                return
 
     def verify(self, email: str, password: str) -> int:
         """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
@@ -642,50 +582,47 @@ class Users(Database):
             new_hash = hash_password(new_password, self.iterations)
         if not self.replace_password_hash(user_id, None, new_hash, guard):
             raise NoSuchUser
-        self._attempts.reset(user_id)
+        self._failures.pop(user_id, None)
 
     def _check_password(self, account: int | str, password_hash: str, password: str) -> None:
         """Raise WrongPassword, TooManyAttempts. Hash even if the stored hash cannot be verified."""
-        self._attempts.begin(account)
-        if not can_verify(password_hash):
+        with self._failures_lock:
+            now = time.monotonic()
+            count, last = self._failures.pop(account, (0, now))
+            wait = last + ATTEMPT_INTERVAL - now if count >= MAX_FAILURES else 0
+            # An attempt counts as a failure until the password has proved right.
+            self._failures[account] = (count, last) if wait > 0 else (count + 1, now)
+            if len(self._failures) > MAX_TRACKED:
+                del self._failures[next(iter(self._failures))]
+        if wait > 0:
+            raise TooManyAttempts(int(wait) + 1)
+        if not parse_hash(password_hash):
             verify_password(self._dummy_hash, password)
             raise WrongPassword(f"the password hash of user {account} is malformed or cannot be verified here")
         if not verify_password(password_hash, password):
             raise WrongPassword
-        self._attempts.reset(account)
-
-    def _reset_locks(self) -> None:
-        """Create what has locks. Again in a forked child, where the threads that held them do not exist."""
-        self._cores = threading.BoundedSemaphore(self._hashers)
-        self._places = threading.BoundedSemaphore(self._hashers * MAX_WAITING)
-        self._attempts = Attempts()
+        self._failures.pop(account, None)
 
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
         """Hold one of the cores for a hash. Raise Busy."""
-        cores, places = self._cores, self._places
-        if not places.acquire(blocking=False):
-            raise Busy("too many requests wait for a core to hash a password")
+        cores = self._cores
+        waited = not cores.acquire(blocking=False)
+        if waited and not cores.acquire(timeout=HASH_TIMEOUT):
+            raise Busy("no core was free to hash a password")
         try:
-            waited = not cores.acquire(blocking=False)
-            if waited and not cores.acquire(timeout=HASH_TIMEOUT):
-                raise Busy("no core was free to hash a password")
-            try:
-                if waited and this_thread.is_abandoned():
-                    raise Busy("the client disconnected before its password was hashed")
-                yield
-            finally:
-                cores.release()
+            if waited and this_thread.is_abandoned():
+                raise Busy("the client disconnected before its password was hashed")
+            yield
         finally:
-            places.release()
+            cores.release()
 
     # The storage.
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with this email, or None."""
-        statement = 'SELECT id, CAST(password AS TEXT) FROM "user" WHERE email = ? COLLATE NOCASE'
-        rows = self.read(statement, (email,))
-        return (rows[0][0], _text(rows[0][1])) if rows else None
+        rows = self.read(f'SELECT id, {_PASSWORD} FROM "user" WHERE email = ? COLLATE NOCASE', (email,))
+        return (rows[0][0], str(rows[0][1], "utf-8", "replace")) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
@@ -696,12 +633,7 @@ SELECT :first_name, :last_name, :email, :password_hash
 WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 """
         with self.transaction() as connection:
-            try:
-                cursor = connection.execute(statement, fields)
-            except sqlite3.OperationalError as error:
-                if "full" in str(error):
-                    raise Unavailable(f"{error}, or no id is left because {MAX_ID} was used") from None
-                raise
+            cursor = connection.execute(statement, fields)
             if cursor.rowcount == 0:
                 raise EmailTaken
             return cursor.lastrowid or 0
@@ -732,7 +664,8 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 
     def get_password_hash(self, user_id: int) -> str:
         """Return a user's password hash. Raise NoSuchUser."""
-        return _text(_single(self.read('SELECT CAST(password AS TEXT) FROM "user" WHERE id = ?', (user_id,))))
+        password_hash = _single(self.read(f'SELECT {_PASSWORD} FROM "user" WHERE id = ?', (user_id,)))
+        return str(password_hash, "utf-8", "replace")
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
         """Change the names and the email that are in `fields`. Raise NoSuchUser, EmailTaken, what guard raises."""
@@ -757,7 +690,7 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
 
     def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
         """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise what guard raises."""
-        condition = "id = :id AND (:old IS NULL OR CAST(password AS TEXT) = :old)"
+        condition = f"id = :id AND (:old IS NULL OR {_PASSWORD} = :old)"
         fields = {"id": user_id, "old": old, "new": new}
         with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
@@ -773,19 +706,15 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
         self.read(f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table, with `force` anew. Return whether it did. Raise TableInUse if it holds users."""
+        """Create the table, with `force` anew. Return whether it did. Raise FileExistsError if it holds users."""
         with self.transaction() as connection:
             count = _single(connection.execute('SELECT count(*) FROM "user"').fetchall())
             if count and not force:
-                raise TableInUse(f"the table holds users ({count}): --force deletes them")
+                raise FileExistsError(f"the table holds users ({count}): --force deletes them")
             if force:
                 connection.execute('DROP TABLE "user"')
                 connection.execute(read_schema())
         return force or self.created_table
-
-    def create_if_missing(self) -> None:
-        """Create the file and the table if there are none."""
-        self.read(_GET, (0,))
 
 
 _instances: WeakSet[Users] = WeakSet()
@@ -797,10 +726,9 @@ def _call_all(method: str) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=functools.partial(_call_all, "before_fork"))
-    os.register_at_fork(after_in_parent=functools.partial(_call_all, "after_fork_in_parent"))
-    os.register_at_fork(after_in_child=functools.partial(_call_all, "_reset_locks"))
-    os.register_at_fork(after_in_child=functools.partial(_call_all, "after_fork"))
+    os.register_at_fork(before=lambda: _call_all("before_fork"))
+    os.register_at_fork(after_in_parent=lambda: _call_all("after_fork_in_parent"))
+    os.register_at_fork(after_in_child=lambda: _call_all("reset_locks"))
 
 
 def count_cores() -> int:
@@ -811,7 +739,7 @@ def count_cores() -> int:
             cgroup = file.read().partition("0::")[2].strip()
         with open(f"/sys/fs/cgroup{cgroup}/cpu.max") as file:
             quota, period = map(int, file.read().split())
-        cores = min(cores, math.ceil(quota / period))
+        cores = min(cores, max(1, round(quota / period)))
     return cores
 
 
@@ -838,11 +766,6 @@ def _utf8(text: bytes) -> bytes:
     return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
-def _text(cell: bytes | None) -> str:
-    """Return a cell as a str, "" for NULL, which another program may have stored."""
-    return (cell or b"").decode("utf-8", "replace")
-
-
 # -- HTTP --------------------------------------------------------------------------------------------------------------
 # Requests and responses, independent of the endpoints.
 
@@ -852,14 +775,14 @@ JSON = ("Content-Type", "application/json")
 # Of every response. Without X-Frame-Options, a website could probe which ids exist with <object data>.
 _HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"))
 _STATUS_LINES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
-_DIGITS = re.compile("[0-9]{1,4000}")  # ASCII only, unlike \d; int() takes at most 4,300
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Unicode's property Default_Ignorable_Code_Point (DerivedCoreProperties.txt).
-_INVISIBLE = re.compile(
+_INVISIBLE = (
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+_BLANK = re.compile(rf"(?:\s|{_INVISIBLE})*")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 # Our ETag as sent, or as a compressing proxy changes it: W/ before it (nginx), or -gzip at its end (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
@@ -897,7 +820,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
         raise HTTPError(400, f"The body must have at most {MAX_BRACKETS} brackets")
     try:
         # parse_int=float avoids the quadratic cost of huge integers, which no field needs.
-        value = json.loads(body.decode("utf-8-sig"), parse_int=float, parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_int=float)
     except UnicodeDecodeError:
         raise HTTPError(400, "The body must be UTF-8") from None
     except ValueError as error:
@@ -909,7 +832,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
 
 def check_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """Return the named fields. Raise HTTPError: 400."""
-    if any(_is_blank(str(fields.get(name) or "")) for name in names):
+    if any(_BLANK.fullmatch(str(fields.get(name) or "")) for name in names):
         raise HTTPError(400, "Required fields are missing")
     return {name: check_field(name, fields[name]) for name in names}
 
@@ -918,37 +841,24 @@ def check_field(name: str, value: object) -> str:
     """Return the value of a field if it is valid. Raise HTTPError: 400; its message starts with the field's name."""
     if not isinstance(value, str):
         problem = "must be a string"
-    elif _is_blank(value) and name != "q":
+    elif _BLANK.fullmatch(value) and name != "q":
         problem = "must not be blank"
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
-    elif name == "password_hash" and not can_verify(value):
+    elif name == "password_hash" and not parse_hash(value):
         formats = "a PBKDF2-SHA256 or scrypt hash of Werkzeug, Django or passlib, of moderate cost"
         problem = f"must be {formats}: others, such as bcrypt, cannot be verified here"
     elif "password" in name and "\0" in value:
         problem = "must not contain the NUL character"
     elif "password" not in name and _CONTROL.search(value):
         problem = "must not contain control characters"
-    elif name == "email" and (len(value) > MAX_EMAIL or not _EMAIL.fullmatch(value) or _INVISIBLE.search(value)):
+    elif name == "email" and (len(value) > MAX_EMAIL or not _EMAIL.fullmatch(value) or re.search(_INVISIBLE, value)):
         problem = f"must be an address such as harry@example.com, of at most {MAX_EMAIL} visible characters"
     elif "password" not in name and len(value) > MAX_NAME:
         problem = f"must have at most {MAX_NAME} characters"
     else:
         return value
     raise HTTPError(400, f"{name} {problem}")
-
-
-def read_query(environ: WSGIEnvironment) -> dict[str, str]:
-    """Return the query parameters. The last of repeated ones wins. "+" is literal (RFC 3986)."""
-    query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
-    return dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
-
-
-def parse_number(text: str, name: str, low: int, high: int) -> int:
-    """Return the number in a parameter or a setting. Raise ValueError."""
-    if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
-        raise ValueError(f"{name} must be a number from {low} to {high}")
-    return int(text)
 
 
 def make_entity_tag(user: bytes) -> str:
@@ -981,21 +891,25 @@ def _matches(field: str, user: bytes | None) -> bool:
     return user is not None and (tags == ["*"] or make_entity_tag(user) in tags)
 
 
+def parse_length(text: str) -> int:
+    """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
+    if not re.fullmatch("[0-9]{1,4000}", text):
+        raise HTTPError(400, "Content-Length must be a number in decimal digits")
+    return int(text)
+
+
 def _read_body(environ: WSGIEnvironment) -> bytes:
     """Read Content-Length bytes, or to the end if the server sets wsgi.input_terminated. Raise as read_object does."""
-    length, chunked = environ.get("CONTENT_LENGTH", ""), "HTTP_TRANSFER_ENCODING" in environ
-    is_terminated = environ.get("wsgi.input_terminated", False)
-    if chunked and not is_terminated:
-        raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
-    size = parse_length(length) if length and not chunked else 0
-    limit = size or (MAX_BODY + 1 if is_terminated else 0)
-    body = b""
+    length, is_terminated = environ.get("CONTENT_LENGTH"), environ.get("wsgi.input_terminated", False)
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        if not is_terminated:
+            raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
+        length = ""
+    size = parse_length(length) if length else 0
+    limit, body = size or (MAX_BODY + 1 if is_terminated else 0), b""
     try:
-        while size <= MAX_BODY and len(body) < limit:
-            chunk = environ["wsgi.input"].read(limit - len(body))
-            if not chunk:
-                break
-            body += chunk
+        while size <= MAX_BODY and len(body) < limit and (part := environ["wsgi.input"].read(limit - len(body))):
+            body += part
     except socket.timeout:
         raise
     except Exception:  # each server has its own exceptions for a broken body
@@ -1005,21 +919,6 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     if len(body) < size:
         raise HTTPError(400, "The body is shorter than its Content-Length")
     return body
-
-
-def parse_length(text: str) -> int:
-    """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
-    if not _DIGITS.fullmatch(text):
-        raise HTTPError(400, "Content-Length must be a number in decimal digits")
-    return int(text)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _is_blank(text: str) -> bool:
-    return not _INVISIBLE.sub("", text).strip()
 
 
 # -- endpoints ---------------------------------------------------------------------------------------------------------
@@ -1043,7 +942,9 @@ def create_user(users: Users, environ: WSGIEnvironment) -> Response:
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 200 with an array of all users, or of those selected by limit, after, sort, email and q."""
-    query = read_query(environ)
+    text = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    # The last of repeated parameters wins. "+" is literal (RFC 3986).
+    query = dict(parse_qsl(text.replace("+", "%2B"), keep_blank_values=True))
     try:
         limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
         after = parse_number(query["after"], "after", 0, MAX_ID) if "after" in query else None
@@ -1058,7 +959,7 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
     if last is None:
         return 200, b"[%b]\n" % page, (JSON,)
     if limit is None and email is None and not text:
-        return 200, _array(page, users.batches(last, descending)), (JSON,)
+        return 200, _all_users(users, page, last, descending), (JSON,)
     following = {"limit": str(limit or BATCH), "after": str(last)}
     following.update({name: query[name] for name in ("sort", "email", "q") if name in query})
     link = f'<{_url(environ, "users/")}?{urlencode(following, quote_via=quote)}>; rel="next"'  # RFC 8288
@@ -1075,15 +976,12 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
 
 
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 200 with the id. Other fields in the body, such as a password, are ignored."""
-    users.update(user_id, check_fields(read_object(environ), _PROFILE), make_guard(environ))
-    return 200, to_json({"id": user_id}), (JSON,)
-
-
-def patch_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 200 with the id. Fields that are not in the body keep their values (RFC 7396)."""
-    fields = read_object(environ, "application/merge-patch+json")
-    changes = {name: check_field(name, fields[name]) for name in _PROFILE if name in fields}
+    """Return 200 with the id. PUT needs all fields; PATCH changes those in the body (RFC 7396). Others are ignored."""
+    if environ["REQUEST_METHOD"] == "PUT":
+        changes = check_fields(read_object(environ), _PROFILE)
+    else:
+        fields = read_object(environ, "application/merge-patch+json")
+        changes = {name: check_field(name, fields[name]) for name in _PROFILE if name in fields}
     users.update(user_id, changes, make_guard(environ))
     return 200, to_json({"id": user_id}), (JSON,)
 
@@ -1113,57 +1011,48 @@ def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
 
 
 def get_health(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 if users can be read. Raise Unavailable, whatever the reason."""
-    try:
-        users.ping()
-    except Exception as error:
-        raise Unavailable(str(error)) from error
+    """Return 200 if users can be read."""
+    users.ping()
     return 200, to_json({"status": "ok"}), (JSON,)
 
 
-def get_page(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with index.html, if it is installed. Redirect from the mount point without a slash."""
-    page, media_type = read_optional("index.html"), ("Content-Type", "text/html; charset=utf-8")
-    if not environ.get("PATH_INFO"):
-        return 308, b"", (media_type, ("Location", _url(environ)))
-    return 200, page, (media_type,)
-
-
-def get_document(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with openapi.json, if it is installed."""
-    return 200, read_optional("openapi.json"), (JSON,)
-
-
-@functools.cache
-def read_optional(name: str) -> bytes:
-    """Return a file that may be installed with this module. Raise HTTPError: 404."""
+def get_file(users: Users, environ: WSGIEnvironment) -> Response:
+    """Return 200 with the page or the OpenAPI document. Raise HTTPError: 404 if it is not installed."""
+    path = environ.get("PATH_INFO")
+    name, media_type = FILES[path or "/"]
     try:
-        return read_file(name)
+        content = read_file(name)
     except OSError:
         raise HTTPError(404, NOTHING_HERE) from None
+    if not path:  # the mount point without a slash, to which the page's links would not be relative
+        return 308, b"", (("Content-Type", media_type), ("Location", _url(environ)))
+    return 200, content, (("Content-Type", media_type),)
 
 
 NOTHING_HERE = "Nothing is here: the users are at /users/"
+FILES = {"/": ("index.html", "text/html; charset=utf-8"), "/openapi.json": ("openapi.json", "application/json")}
 
 _ID = "/users/([0-9]{1,19})"
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
-    (re.compile(f"{_ID}/?"), {"GET": get_user, "PUT": update_user, "PATCH": patch_user, "DELETE": delete_user}),
+    (re.compile(f"{_ID}/?"), {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user}),
     (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
     (re.compile(f"{_ID}/password/?"), {"PUT": change_password}),
     (re.compile(f"{_ID}/password/reset/?"), {"PUT": reset_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
     (re.compile("/health/?"), {"GET": get_health}),
-    (re.compile("/?"), {"GET": get_page}),
-    (re.compile("/openapi[.]json"), {"GET": get_document}),
+    (re.compile("/?"), {"GET": get_file}),
+    (re.compile("/openapi[.]json"), {"GET": get_file}),
 )
 PUBLIC = re.compile("/health/?|/?|/openapi[.]json")  # paths that need no token
 
 
-def _array(page: bytes, more: Iterable[bytes]) -> Iterator[bytes]:
+def _all_users(users: Users, page: bytes, last: int | None, descending: bool) -> Iterator[bytes]:
+    """Yield a JSON array of the users on a page and all that follow. Each batch is a separate read."""
     yield b"[" + page
-    for batch in more:
-        if batch:  # the rest may have been deleted meanwhile
-            yield b"," + batch
+    while last is not None:
+        page, last = users.page(BATCH, last, descending)
+        if page:  # the rest may have been deleted meanwhile
+            yield b"," + page
     yield b"]\n"
 
 
@@ -1270,19 +1159,9 @@ def create_app(
     passwords, default: 600,000), PROFILER_TOKEN and PROFILER_ANONYMOUS. Requests must carry the token, or one of
     several separated by white space (RFC 6750). Without one, only requests for a loopback Host are served, unless
     `anonymous` is true: use it where the application around this one checks who asks.
-    Raise ValueError for an invalid setting; Unavailable.
+    Raise ValueError for an invalid setting.
     """
-    return Application(open_users(Users, database, iterations), token, anonymous)
-
-
-def open_users(storage: type[Users], database: Path | None, iterations: int | None) -> Users:
-    """Return the users in a database, with create_app's defaults. Raise ValueError, Unavailable."""
-    if database is None:
-        database = os.environ.get("PROFILER_DATABASE") or DATABASE
-    if iterations is None:
-        text = os.environ.get("PROFILER_ITERATIONS") or str(ITERATIONS)
-        iterations = parse_number(text, "PROFILER_ITERATIONS", 1, MAX_ITERATIONS)
-    return storage(os.fsdecode(database), iterations)
+    return Application(Users(database, iterations), token, anonymous)
 
 
 def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
@@ -1326,25 +1205,26 @@ MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9A-Za-z.]+)")  # RFC 9112 3
-# The beginning of one; RFC 9112 2.2 allows an empty line before it.
-_REQUEST_START = re.compile(rf"\r?\n?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
+_HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
+# RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which overrides Host (3.2.2).
+_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
+_HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
+_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} HTTP/([0-9A-Za-z.]+)\r")
+# The beginning of one. RFC 9112 2.2 allows an empty line before it.
+_REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 # Also matches a bare LF, which is then rejected at once.
 HEAD_END = re.compile(rb"\n\r?\n")
-_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")  # RFC 9110 7.2
-_ABSOLUTE = re.compile(rf"https?://(?![/?#]|$)({_HOST.pattern})((?:[/?#].*)?)", re.IGNORECASE)  # RFC 9112 3.2.2
 
 
 def parse_head(head: bytes) -> WSGIEnvironment:
     """Return the environ for a request head. Raise HTTPError: 400, 411, 414, 417, 431, 501, 505."""
-    check_head_size(head)
-    lines = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n").split("\r\n")
-    environ, authority = _parse_request_line(lines[0])
-    if len(lines) > MAX_HEADER_FIELDS + 1:
+    environ, authority = parse_request_line(head)
+    _, *lines = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n").split("\r\n")
+    if len(lines) > MAX_HEADER_FIELDS:
         raise HTTPError(431, f"Send at most {MAX_HEADER_FIELDS} headers")
-    for line in lines[1:]:
+    for line in lines:
         match = _FIELD_LINE.fullmatch(line)
         if not match:
             raise HTTPError(400, "A header must be one line, `Name: value`, without control characters")
@@ -1360,67 +1240,43 @@ def parse_head(head: bytes) -> WSGIEnvironment:
     _check_framing(environ)
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
-    if authority:  # absolute-form targets override Host (RFC 9112 3.2.2)
+    if authority:
         environ["HTTP_HOST"] = authority
     return environ
 
 
-def check_incomplete_head(head: bytes) -> None:
-    """Raise HTTPError for TLS and whatever else cannot become a valid head: 400, 414, 431, 505."""
-    check_head_size(head)
-    text = head.decode("latin-1")
-    line, newline, _ = text.removeprefix("\r\n").partition("\n")
-    if newline:
-        _parse_request_line(line.removesuffix("\r"))
-    elif not _REQUEST_START.fullmatch(text):
-        raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
+def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
+    """Return the environ of a head's request line, and the authority of its target; nothing while it is incomplete.
 
-
-def check_head_size(head: bytes) -> None:
-    """Raise HTTPError if the head received so far is too long: 414, 431."""
-    if len(head) > MAX_REQUEST_LINE and b"\n" not in head.removeprefix(b"\r\n")[:MAX_REQUEST_LINE]:
+    Raise HTTPError for a head that is too long or cannot become valid, such as TLS: 400, 414, 431, 505.
+    """
+    line, newline, _ = head.removeprefix(b"\r\n").partition(b"\n")
+    if len(line) > MAX_REQUEST_LINE:
         raise HTTPError(414, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     if len(head) > MAX_HEAD:
         raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
-
-
-def wants_close(environ: WSGIEnvironment) -> bool:
-    """Return True if the client asks to close the connection (RFC 9112 9.3); always True for HTTP/1.0."""
-    if environ["SERVER_PROTOCOL"] != "HTTP/1.1":
-        return True
-    if "HTTP_CONNECTION" not in environ:
-        return False
-    return "close" in [option.strip(" \t") for option in environ["HTTP_CONNECTION"].lower().split(",")]
-
-
-def format_head(status: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a response."""
-    lines = [f"HTTP/1.1 {status}", f"Date: {_http_date(int(time.time()))}", f"Server: profiler/{__version__}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
-
-
-def _parse_request_line(line: str) -> tuple[WSGIEnvironment, str]:
-    """Return the environ of the request line, and the authority of an absolute target. Raise HTTPError: 400, 505."""
-    match = _REQUEST_LINE.fullmatch(line)
+    text = line.decode("latin-1")
+    if not newline:
+        if not _REQUEST_START.fullmatch(text):
+            raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
+        return {}, None
+    match = _REQUEST_LINE.fullmatch(text)
     if not match:
         raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`")
-    method, target, version = match.groups()
+    method, authority, target, version = match.groups()
     if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
-    authority = ""
-    if target[0] != "/" and target != "*":
-        absolute = _ABSOLUTE.fullmatch(target)
-        if not absolute:
-            raise HTTPError(400, "The request target must be a path")
-        authority, target = absolute.groups()
+    if not (authority or target[:1] == "/" or target == "*"):
+        raise HTTPError(400, "The request target must be a path")
     path, _, query = target.partition("?")
-    return {
-        "REQUEST_METHOD": method,
-        "PATH_INFO": unquote(path, "latin-1"),
-        "QUERY_STRING": query,
-        "SERVER_PROTOCOL": f"HTTP/{version}",
-    }, authority
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": unquote(path, "latin-1"), "QUERY_STRING": query}
+    return {**environ, "SERVER_PROTOCOL": f"HTTP/{version}"}, authority
+
+
+@functools.lru_cache(maxsize=1)
+def format_time(second: int) -> tuple[str, str]:
+    """Return a time for the header Date, and for the log in Common Log Format."""
+    return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 def _check_framing(environ: WSGIEnvironment) -> None:
@@ -1428,7 +1284,7 @@ def _check_framing(environ: WSGIEnvironment) -> None:
     if "HTTP_CONTENT_LENGTH" in environ:
         parse_length(environ["HTTP_CONTENT_LENGTH"])
     http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST.fullmatch(environ.get("HTTP_HOST", "")):  # RFC 9112 3.2
+    if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
         raise HTTPError(400, "Send one Host, such as localhost:5000")
     if http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
         raise HTTPError(417, "The only supported Expect is 100-continue")
@@ -1438,11 +1294,6 @@ def _check_framing(environ: WSGIEnvironment) -> None:
         if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
             raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
         raise HTTPError(501, "Transfer-Encoding is not supported: send a Content-Length")
-
-
-@functools.lru_cache(maxsize=1)
-def _http_date(second: int) -> str:
-    return str(format_date_time(second))
 
 
 # -- server: connections -----------------------------------------------------------------------------------------------
@@ -1462,11 +1313,9 @@ BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
+CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
-ACCEPT_PAUSE = 0.01  # when a connection cannot be accepted
-STOP_INTERVAL = 1.0  # between checks of signals, without connections
-CHECK_INTERVAL = 0.1  # between checks of the deadlines
 WORKERS = 256  # threads at most: most of them wait for a core or a lock
 MAX_CONNECTIONS = 20_000  # if the limit of open files allows
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
@@ -1492,18 +1341,20 @@ class Server(WSGIServer):
         self.stopping = False
         self.connections: dict[Connection, None] = {}
         self.idle: dict[Connection, None] = {}  # those between requests, idle longest first
-        self.max_connections = max(1, min(MAX_CONNECTIONS, _raise_file_limit() - RESERVED_FILES))
+        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        limit = files - RESERVED_FILES if files > 0 else MAX_CONNECTIONS
+        self.max_connections = max(1, min(MAX_CONNECTIONS, limit))
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
         # A job is a function, and the connection to resume with its result.
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[tuple[Connection, Exception | None, object]] = queue.SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         for end in (self.socket, self._woken, self._waker):
             end.setblocking(False)
         self.selector.register(self.socket, _READ, self._accept)
-        self.selector.register(self._woken, _READ, self._run_finished)
+        self.selector.register(self._woken, _READ, self._resume_finished)
 
     def server_bind(self) -> None:
         """Bind the socket without a reverse DNS lookup. Connections inherit TCP_NODELAY."""
@@ -1517,13 +1368,9 @@ class Server(WSGIServer):
     def stop(self, *_: object) -> None:
         """Make serve() return soon. Can be used as a signal handler."""
         self.stopping = True
-        self._wake()
 
     def serve(self) -> None:
         """Serve until stop() is called. Then give requests in flight DRAIN_TIMEOUT to finish, and close everything."""
-        log_writer = threading.Thread(target=self.log.write_entries, daemon=True)
-        with contextlib.suppress(RuntimeError):  # the system has no more threads: nothing is logged
-            log_writer.start()
         this_thread.may_wait = False
         while not self.stopping:
             self._serve_round()
@@ -1535,60 +1382,53 @@ class Server(WSGIServer):
         deadline = time.monotonic() + DRAIN_TIMEOUT
         while self.connections and time.monotonic() < deadline:
             self._serve_round()
+        this_thread.may_wait = True
         for connection in list(self.connections):
             connection.close()
-        this_thread.may_wait = True
         for resource in (self.selector, self._woken, self._waker):
             resource.close()
-        for _ in range(self._workers):
-            self._jobs.put(None)
-        self.log.entries.put(None)
-        if log_writer.is_alive():
-            log_writer.join(LOG_TIMEOUT)
+        self.log.stop()
 
-    def submit(self, function: Callable[[], object], owner: Connection) -> None:
-        """Run a function in a worker, and then resume its owner in this thread."""
+    def submit(self, function: Callable[[], object], connection: Connection) -> None:
+        """Run a function in a worker, then resume the connection in this thread: with Busy if there is no worker."""
         self._busy += 1
         if self._workers < min(self._busy, WORKERS):
-            with contextlib.suppress(RuntimeError):  # the system has no more threads
+            try:
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
-        self._jobs.put((function, owner))
-        if not self._workers:  # no thread could be started: run the job here
-            self._jobs.put(None)
-            this_thread.may_wait = True
-            self._work()
-            this_thread.may_wait = False
+            except RuntimeError as error:
+                if not self._workers:
+                    self._finish(connection, Busy(f"a thread is needed: {error}"))
+                    return
+        self._jobs.put((function, connection))
 
     def _work(self) -> None:
-        """Run jobs until one is None."""
-        while job := self._jobs.get():
-            function, owner = job
-            this_thread.is_abandoned = owner.is_abandoned
+        while True:
+            function, connection = self._jobs.get()
+            this_thread.is_abandoned = connection.is_abandoned
             try:
-                self._finished.put((owner, None, function()))
+                self._finish(connection, None, function())
             except OSError as error:  # which must not be taken for an error of the connection
-                self._finished.put((owner, Unavailable(str(error)), None))
+                self._finish(connection, Unavailable(str(error)))
             except Exception as error:
-                self._finished.put((owner, error, None))
-            self._wake()
-            del this_thread.is_abandoned, function, owner, job  # or an idle worker would keep the connection
+                self._finish(connection, error)
 
-    def _wake(self) -> None:
+    def _finish(self, connection: Connection, error: Exception | None, result: object = None) -> None:
+        self._finished.put((connection, error, result))
         with contextlib.suppress(OSError):  # full, so that it wakes anyway, or closed
             self._waker.send(b"\0")
 
-    def _run_finished(self) -> None:
+    def _resume_finished(self) -> None:
         self._woken.recv(RECEIVE_SIZE)
         while not self._finished.empty():
             self._busy -= 1
-            owner, error, result = self._finished.get()
-            owner.resume(error, result)
+            connection, error, result = self._finished.get()
+            connection.resume(error, result)
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
         # Not forever: a signal that arrives right before the wait is handled after it.
-        for key, _ in self.selector.select(CHECK_INTERVAL if self.connections or self.stopping else STOP_INTERVAL):
+        for key, _ in self.selector.select(CHECK_INTERVAL):
             key.data()
         now = time.monotonic()
         if now > self._next_check:
@@ -1600,23 +1440,16 @@ class Server(WSGIServer):
         """Accept a connection; at the limit, close the one that has been idle longest."""
         try:
             connection, address = self.socket.accept()
-            connection.setblocking(False)
-        except (BlockingIOError, ConnectionAbortedError):  # the client has gone
+        except OSError:  # the client has gone, or no file descriptor is left
             return
-        except OSError:  # no file descriptor is left
-            if not self._close_idle():
-                time.sleep(ACCEPT_PAUSE)
-            return
-        if len(self.connections) >= self.max_connections and not self._close_idle():
-            connection.close()
-        else:
+        connection.setblocking(False)
+        if len(self.connections) < self.max_connections:
             Connection(self, connection, address[0])
-
-    def _close_idle(self) -> bool:
-        connection = next(iter(self.idle), None)
-        if connection:
+        elif self.idle:
+            next(iter(self.idle)).close()
+            Connection(self, connection, address[0])
+        else:
             connection.close()
-        return connection is not None
 
 
 class Connection:
@@ -1641,12 +1474,12 @@ class Connection:
             if not isinstance(reason, (StopIteration, OSError)):
                 error_response(reason, self.server.base_environ)  # logs it
             self.close()
-        else:
-            if callable(wanted):
-                self.deadline = float("inf")
-                self.server.submit(wanted, self)
-                wanted = _NOTHING
-            self._wait_for(wanted)
+            return
+        if callable(wanted):
+            self.deadline = float("inf")
+            self.server.submit(wanted, self)
+            wanted = _NOTHING
+        self._wait_for(wanted)
 
     def close(self) -> None:
         """Close the connection and forget it."""
@@ -1656,16 +1489,22 @@ class Connection:
         self.server.connections.pop(self, None)
         self.server.idle.pop(self, None)
 
-    def _wait_for(self, events: int) -> None:
-        if events == self._events:
-            return
-        if self._events:
-            self.server.selector.unregister(self.socket)
-        if events:
-            self.server.selector.register(self.socket, events, self.resume)
-        self._events = events
+    def is_abandoned(self) -> bool:
+        """Return True if the client has closed the connection, or its sending side."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
-    def _serve(self) -> Steps[None]:
+    def _wait_for(self, events: int) -> None:
+        if events != self._events:
+            if self._events:
+                self.server.selector.unregister(self.socket)
+            if events:
+                self.server.selector.register(self.socket, events, self.resume)
+            self._events = events
+
+    def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise OSError."""
         while not self.is_last:
             if self.received:  # pipelined: other connections come first
@@ -1683,24 +1522,24 @@ class Connection:
             try:
                 environ = yield from self._receive_request()
                 status, headers, body = yield from self._run_application(environ)
-            except (HTTPError, socket.timeout) as error:
+            except (HTTPError, Unavailable, socket.timeout) as error:
                 self.is_last = True
                 status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
                 body = (b"",) if self.head.startswith(b"HEAD ") else body
             yield from self._send_response(status, headers, body)
-        yield from self._linger()
+        # Read until the client closes: closing with unread input may lose the response (RFC 9112 9.6).
+        self.socket.shutdown(socket.SHUT_WR)
+        end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
+        while self.received:
+            self.deadline, self.received = min(end, time.monotonic() + LINGER_TIMEOUT), b""
+            yield from self._receive()
 
-    def _receive_request(self) -> Steps[WSGIEnvironment]:
+    def _receive_request(self) -> Steps:
         """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
         self.deadline, self.head = time.monotonic() + HEAD_TIMEOUT, b""
-        searched = 0
-        while not (end := HEAD_END.search(self.received, max(0, searched - 2))):  # the end may straddle two reads
-            if b"\n" in self.head.lstrip(b"\r\n"):  # the request line is complete, and was checked
-                check_head_size(self.received)
-            else:
-                check_incomplete_head(self.received)
+        while not (end := HEAD_END.search(self.received)):
+            parse_request_line(self.received)
             self.head = self.received
-            searched = len(self.received)
             yield from self._receive("The head ends before its empty line")
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]
         environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
@@ -1716,7 +1555,7 @@ class Connection:
         self.received = self.received[length:]
         return environ
 
-    def _receive(self, problem: str = "") -> Steps[None]:
+    def _receive(self, problem: str = "") -> Steps:
         """Receive some bytes. At the end of the stream, raise HTTPError if that is a problem. Raise OSError."""
         yield _READ
         more = self.socket.recv(RECEIVE_SIZE)
@@ -1724,7 +1563,7 @@ class Connection:
         if problem and not more:
             raise HTTPError(400, problem)
 
-    def _send(self, message: bytes) -> Steps[None]:
+    def _send(self, message: bytes) -> Steps:
         """Send a message. Raise OSError, among them socket.timeout if the client stops reading."""
         while message:
             try:
@@ -1733,32 +1572,32 @@ class Connection:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield _WRITE
 
-    def is_abandoned(self) -> bool:
-        """Return True if the client has closed the connection, or its sending side."""
-        try:
-            return not self.socket.recv(1, socket.MSG_PEEK)
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
-
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
         self._started = status, headers
 
-    def _run_application(self, environ: WSGIEnvironment) -> Steps[Any]:
+    def _run_application(self, environ: WSGIEnvironment) -> Steps:
         run = functools.partial(self.server.application, environ, self._start_response)
         try:
             body = run() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else (yield run)
         except WouldBlock:
             body = yield run
-        self.is_last = self.is_last or self.server.stopping or wants_close(environ)
         status, headers = self._started
+        if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or self.server.stopping:
+            self.is_last = True
+        elif "HTTP_CONNECTION" in environ:  # RFC 9112 9.3
+            options = environ["HTTP_CONNECTION"].lower().split(",")
+            self.is_last = self.is_last or "close" in map(str.strip, options)
         if not isinstance(body, tuple) and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             headers.append(_CHUNKED)
         return status, headers, body
 
-    def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps[None]:
+    def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps:
         """Send a response. If it fails midway, reset the connection, so that it does not look complete."""
-        headers.append(("Connection", "close") if self.is_last else ("Keep-Alive", f"timeout={IDLE_TIMEOUT}"))
-        head, size, is_complete = format_head(status, headers), 0, False
+        date, _ = format_time(int(time.time()))
+        lines = [f"HTTP/1.1 {status}", f"Date: {date}", f"Server: profiler/{__version__}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        lines.append("Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}")
+        head, size, is_complete = "\r\n".join([*lines, "\r\n"]).encode("latin-1"), 0, False
         try:
             if isinstance(body, tuple):
                 size = len(body[0])
@@ -1778,27 +1617,22 @@ class Connection:
             if self.server.access_log:
                 self._log_request(status, size)
 
-    def _linger(self) -> Steps[None]:
-        """Read until the client closes: closing with unread input may lose the response (RFC 9112 9.6)."""
-        self.socket.shutdown(socket.SHUT_WR)
-        end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
-        while self.received:
-            self.deadline, self.received = min(end, time.monotonic() + LINGER_TIMEOUT), b""
-            yield from self._receive()
-
     def _log_request(self, status: str, size: int) -> None:
         """Log a request in Common Log Format, without control characters."""
         line = self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED]
         text = line.decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
-        moment = _log_time(int(time.time()))
+        _, moment = format_time(int(time.time()))
         self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
 
 
 class Log(io.TextIOBase):
-    """wsgi.errors: keeps entries until a thread writes them to stderr. What stderr does not take is dropped."""
+    """wsgi.errors: a thread writes its entries to stderr. What stderr does not take is dropped."""
 
     def __init__(self) -> None:
         self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_entries, daemon=True)
+        with contextlib.suppress(RuntimeError):  # the system has no more threads: nothing is written
+            self._writer.start()
 
     def write(self, text: str) -> int:
         """Keep an entry until it is written."""
@@ -1806,8 +1640,14 @@ class Log(io.TextIOBase):
             self.entries.put(text)
         return len(text)
 
-    def write_entries(self) -> None:
-        """Write entries until one is None. With os.write, because sys.stderr could block the interpreter's exit."""
+    def stop(self) -> None:
+        """Write the rest, for at most LOG_TIMEOUT."""
+        self.entries.put(None)
+        if self._writer.is_alive():
+            self._writer.join(LOG_TIMEOUT)
+
+    def _write_entries(self) -> None:
+        # With os.write, because a full sys.stderr could block the interpreter's exit.
         entries: list[str | None] = []
         while None not in entries:
             entries = [self.entries.get()]
@@ -1815,28 +1655,6 @@ class Log(io.TextIOBase):
             entries += [self.entries.get() for _ in range(self.entries.qsize())]
             with contextlib.suppress(AttributeError, OSError, ValueError):  # closed or full
                 os.write(sys.stderr.fileno(), "".join(filter(None, entries)).encode("utf-8", "backslashreplace"))
-
-
-def _raise_file_limit() -> int:
-    """Raise the limit of open files as far as the system allows. Return the limit."""
-    needed = MAX_CONNECTIONS + RESERVED_FILES
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a system that refuses
-        from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
-
-        soft, hard = getrlimit(RLIMIT_NOFILE)
-        if soft == RLIM_INFINITY or soft >= needed:
-            return needed
-        with contextlib.suppress(OSError, ValueError):
-            wanted = needed if hard == RLIM_INFINITY else min(needed, hard)
-            setrlimit(RLIMIT_NOFILE, (wanted, hard))
-            return wanted
-        return soft
-    return needed
-
-
-@functools.lru_cache(maxsize=1)
-def _log_time(second: int) -> str:
-    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -1863,13 +1681,7 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
     add("--host", help=f"the address to listen on (default: {HOST})")
     add("--port", help=f"the port to listen on; 0 picks a free one (default: {PORT})")
     add("--database", help=f"{database} (default: {DATABASE})")
-    add(
-        "--token-file",
-        metavar="PATH",
-        dest="token",
-        type=_read_tokens,
-        help="require a token of this file, which has one per line",
-    )
+    add("--token-file", metavar="PATH", help="require a token of this file, which has one per line")
     add("--anonymous", action="store_true", default=None, help="serve everybody who reaches the port, without a token")
     add("--iterations", type=int, help=f"of PBKDF2 for new passwords (default: {ITERATIONS})")
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
@@ -1891,19 +1703,19 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
     return parser, commands
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: type[Users]) -> None:
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]) -> None:
     """Run the command of the arguments on a storage. Exit as main does."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # it may have been closed by the caller
     arguments = parser.parse_args(argv)
     try:
-        with contextlib.closing(open_users(storage, arguments.database, arguments.iterations)) as users:
+        with contextlib.closing(storage(arguments.database, arguments.iterations)) as users:
             try:
                 arguments.run(arguments, users)
             except (Unavailable, sqlite3.Error) as error:
                 sys.exit(f"profiler: {users.location}: {error}")
     except ValueError as error:
         parser.error(str(error))
-    except (Unavailable, TableInUse, OSError) as error:
+    except OSError as error:
         sys.exit(f"profiler: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -1921,42 +1733,35 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise ValueError(f"invalid host {host!r}: {error}") from None
-    app = Application(users, arguments.token, arguments.anonymous)
+    token = None
+    if arguments.token_file:
+        try:
+            with open(arguments.token_file, encoding="utf-8-sig") as file:
+                token = file.read()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--token-file: {error}") from None
+    app = Application(users, token, arguments.anonymous)
     ip = str(address[0])
     if not (app.tokens or app.anonymous or ip.startswith("127.") or ip == "::1"):
         raise ValueError(f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
-    users.create_if_missing()
     count = users.count()
     users.close()  # frees the memory that counting took
     try:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
         raise OSError(f"port {port} of {ip}: {error.strerror}: choose another --port or --host") from None
+    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
     with server:
         if users.iterations < ITERATIONS:
             server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
-        signals = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows; nohup
-            signals.append(signal.SIGHUP)
         for signum in signals:
-            signal.signal(signum, server.stop)
-        path = "users/"
-        with contextlib.suppress(HTTPError):
-            read_optional("index.html")
-            path = ""
-        print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/{path}")
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(signum, server.stop)
+        print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/")
         print(f"Database: {users.location} (users: {count}). Press Ctrl-C to stop.", flush=True)
         server.serve()
         for signum in signals:
             signal.signal(signum, signal.SIG_IGN)  # another signal must not change the exit status
-
-
-def _read_tokens(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, UnicodeError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:
@@ -1965,7 +1770,6 @@ def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:
 
 
 def _backup(arguments: argparse.Namespace, users: Users) -> None:
-    users.must_exist()
     users.backup(arguments.path)
     print(f"Backup written to {arguments.path}.")
 

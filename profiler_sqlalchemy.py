@@ -31,7 +31,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.schema import CreateTable
 
 import profiler
-from profiler import Busy, EmailTaken, NoSuchUser, TableInUse, Unavailable
+from profiler import Busy, EmailTaken, NoSuchUser, Unavailable
 
 TYPE_CHECKING = False  # as in profiler
 if TYPE_CHECKING:
@@ -449,27 +449,15 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
     def initialise(self, force: bool = False) -> bool:
         """Create the table; if it exists and `force` is true, drop it with its users first. Return whether it did.
 
-        Raise TableInUse if it holds users and `force` is false.
+        Raise FileExistsError if it holds users and `force` is false.
         """
         created = self._create_table()
         if not force and (count := self.count()):
-            raise TableInUse(f"the table holds users ({count}): --force deletes them")
+            raise FileExistsError(f"the table holds users ({count}): --force deletes them")
         if force and not created:
             self._attempt(lambda cursor: cursor.execute(f"DROP TABLE {self._table}"))
             self._create_table()
         return created or force
-
-    def create_if_missing(self) -> None:
-        """Create the table, unless this process has seen it."""
-        if not self._has_table:
-            self._create_table()
-            self._has_table = True
-
-    def must_exist(self) -> None:
-        """Do not create the table from now on. Raise Unavailable if it does not exist."""
-        if not self._exists():
-            raise Unavailable("there is no table of users")
-        self._has_table = True
 
     def backup(self, path: str) -> None:
         """Raise OSError: the server has its own program for that."""
@@ -480,8 +468,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         self._valid_from = time.monotonic()
         self._engine.dispose()
 
-    def after_fork(self) -> None:
-        """Drop, but do not close, the connections inherited from the parent process."""
+    def reset_locks(self) -> None:
+        """Start without connections. A forked child drops those of its parent, but does not close them."""
+        super().reset_locks()
         self._engine.dispose(close=False)
 
     def _exists(self) -> bool:
@@ -536,7 +525,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     def _run(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
         """Return what `work` returns for a cursor, once there is a table. Raise Busy, Unavailable, WouldBlock."""
-        self.create_if_missing()
+        if not self._has_table:
+            self._create_table()
+            self._has_table = True
         return self._attempt(work, is_read)
 
     def _attempt(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
@@ -687,8 +678,8 @@ def copy(source: profiler.Users, target: profiler.Users) -> str:
     """
     if source.location == target.location:
         raise ValueError(f"{target.location} is both source and target")
-    source.must_exist()
-    target.create_if_missing()
+    if not (source._exists() if isinstance(source, SQLAlchemyUsers) else os.path.exists(source.location)):
+        raise FileNotFoundError(f"{source.location} does not exist, or has no table of users")
     if count := target.count():
         raise ValueError(f"{target.location} holds users already ({count}): choose a target without any")
     with _connect(source) as old, _connect(target) as new:
@@ -742,16 +733,20 @@ def create_app(
     anonymous: bool | None = None,
 ) -> profiler.Application:
     """Return a WSGI application as profiler.create_app does; the database may be a URL, too. Raise ValueError."""
-    users = profiler.open_users(open_database, database, iterations)  # type: ignore[arg-type]
-    return profiler.Application(users, token, anonymous)
+    return profiler.Application(open_database(database, iterations), token, anonymous)
 
 
 application = app = profiler.create_on_first_use(create_app)
 
 
-def open_database(database: str, iterations: int = profiler.ITERATIONS) -> profiler.Users:
-    """Return the users in the database of a URL or a path. Raise ValueError, Unavailable."""
-    return (SQLAlchemyUsers if "://" in database else profiler.Users)(database, iterations)
+def open_database(
+    database: str | bytes | os.PathLike[str] | None = None, iterations: int | str | None = None
+) -> profiler.Users:
+    """Return the users in the database of a URL or a path, with the defaults of profiler.Users. Raise ValueError."""
+    if database is None:
+        database = os.environ.get("PROFILER_DATABASE") or None
+    is_url = "://" in os.fsdecode(database or "")
+    return (SQLAlchemyUsers if is_url else profiler.Users)(database, iterations)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -763,7 +758,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("source", metavar="SOURCE", help=database)
     command.add_argument("target", metavar="TARGET", nargs="?", help="one without users (default: --database)")
     command.set_defaults(run=_copy)
-    profiler.run_command(parser, argv, open_database)  # type: ignore[arg-type]
+    profiler.run_command(parser, argv, open_database)
 
 
 def _copy(arguments: argparse.Namespace, users: profiler.Users) -> None:

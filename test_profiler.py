@@ -1019,10 +1019,14 @@ def test_204_and_304_have_neither_type_nor_length(application):
 
 def test_health_returns_200_if_users_can_be_read(application, users, monkeypatch):
     assert call(application, path="/health/").json == {"status": "ok"}
-    monkeypatch.setattr(users, "ping", lambda: 1 / 0)
+
+    def ping():
+        raise profiler.Unavailable("disk I/O error")
+
+    monkeypatch.setattr(users, "ping", ping)
     answer = call(application, path="/health/")
     assert (answer.status, answer.error) == (503, "The database is unavailable: see the server log")
-    assert answer.errors == "profiler: 503: division by zero\n"
+    assert answer.errors == "profiler: 503: disk I/O error\n"
 
 
 def test_bug_returns_500_and_logs_a_traceback(application, users, monkeypatch):

@@ -67,7 +67,7 @@ def test_iterations_come_from_the_argument_the_environment_or_the_default(path, 
     assert profiler.create_app(path, iterations=8).users.iterations == 8
 
 
-@pytest.mark.parametrize("iterations", [0, -1, profiler.MAX_ITERATIONS + 1, 1.5, True, "1"])
+@pytest.mark.parametrize("iterations", [0, -1, profiler.MAX_ITERATIONS + 1, 1.5, True, "", "x"])
 def test_invalid_iterations_raise_valueerror(path, iterations):
     with pytest.raises(ValueError, match="iterations"):
         profiler.create_app(path, iterations=iterations)
@@ -76,7 +76,7 @@ def test_invalid_iterations_raise_valueerror(path, iterations):
 @pytest.mark.parametrize("value", ["0", "-1", "10000001", "1.5", "many", "9" * 5000, "\u0663"])
 def test_invalid_iterations_in_the_environment_raise_valueerror(path, monkeypatch, value):
     monkeypatch.setenv("PROFILER_ITERATIONS", value)
-    with pytest.raises(ValueError, match="PROFILER_ITERATIONS"):
+    with pytest.raises(ValueError, match="iterations must be a number from 1 to"):
         profiler.create_app(path)
 
 
@@ -258,17 +258,6 @@ def test_child_uses_the_application_of_its_parent(default):
     assert in_a_fork(lambda: len(call(default).json) == 1)
 
 
-def test_create_app_in_a_deleted_folder_raises_unavailable(tmp_path):
-    program = (
-        "import profiler, os\n"
-        "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
-        "try: profiler.create_app()\n"
-        "except profiler.Unavailable as error: print(error)"
-    )
-    output = run_program(program, tmp_path)
-    assert "the current folder was deleted" in output.stdout, output.stderr
-
-
 @pytest.mark.parametrize("name", ["sqlite3", "hashlib", "wsgiref.simple_server"])
 def test_incomplete_python_is_reported_in_one_line(tmp_path, name):
     """Debian's python3-minimal, and Python built without SQLite."""
@@ -352,9 +341,7 @@ def files(monkeypatch):
         return files[name]
 
     monkeypatch.setattr(profiler, "read_file", read_file)
-    profiler.read_optional.cache_clear()
-    yield files
-    profiler.read_optional.cache_clear()
+    return files
 
 
 def test_page_is_served_without_token(guarded, files):

@@ -120,7 +120,7 @@ def test_two_files_in_an_empty_folder_serve_until_a_signal(tmp_path, signum):
         assert ask(address, "POST", fields=HARRY).json == {"id": 1}
         assert ask(address).status == 200
         status, output, errors = command.end(signum)
-    assert command.url == f"http://127.0.0.1:{address[1]}/users/\n"
+    assert command.url == f"http://127.0.0.1:{address[1]}/\n"
     assert command.banner == f"Database: {tmp_path / 'db.sqlite3'} (users: 0). Press Ctrl-C to stop.\n"
     assert (status, output) == (0, "")
     assert [line.split('"')[1] for line in errors.splitlines()] == ["POST /users/ HTTP/1.1", "GET /users/ HTTP/1.1"]
@@ -152,11 +152,11 @@ def test_interrupt_before_the_server_starts_exits_with_130(run, monkeypatch):
     def interrupt(users):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profiler.Users, "create_if_missing", interrupt)
+    monkeypatch.setattr(profiler.Users, "count", interrupt)
     assert run() == (130, "", "")
 
 
-def test_url_is_the_page_if_it_is_installed(tmp_path):
+def test_url_is_the_page(tmp_path):
     shutil.copy(HERE / "index.html", tmp_path)
     fill(tmp_path / "db.sqlite3", 2)
     with Command(tmp_path, "--port", "0") as command:
@@ -180,12 +180,11 @@ def test_idle_server_uses_no_processor(tmp_path):
 
 @needs_proc
 def test_more_connections_than_open_files_are_served(tmp_path):
-    """The soft limit is raised to the hard one, and some descriptors are reserved for the database."""
-    limited = ("sh", "-c", f'ulimit -S -n 40; ulimit -H -n 80; exec {sys.executable} profiler.py "$@"', "sh")
+    """Some descriptors are reserved for the database."""
+    limited = ("sh", "-c", f'ulimit -n 80; exec {sys.executable} profiler.py "$@"', "sh")
     with contextlib.ExitStack() as stack:
         command = stack.enter_context(Command(tmp_path, "--port", "0", "--no-access-log", command=limited))
         address = command.address()
-        assert re.search(r"Max open files +80 +80", pathlib.Path(f"/proc/{command.process.pid}/limits").read_text())
         for _ in range(100):
             connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(*address, timeout=10)))
             connection.request("GET", "/users/")
@@ -319,7 +318,7 @@ INVALID_SETTINGS = [
     (["--iterations", "0"], {}, "iterations must be a number from 1 to 10000000"),
     (["--iterations", "10000001"], {}, "iterations must be a number from 1 to 10000000"),
     (["--iterations", "many"], {}, "--iterations"),
-    ([], {"PROFILER_ITERATIONS": "0"}, "PROFILER_ITERATIONS must be a number from 1 to 10000000"),
+    ([], {"PROFILER_ITERATIONS": "0"}, "iterations must be a number from 1 to 10000000"),
     (["--host", "0.0.0.0"], {}, "--anonymous"),
     (["--host", "::"], {}, "--anonymous"),
     (["--host", "::1234"], {}, "--anonymous"),
@@ -464,7 +463,7 @@ def test_deleted_current_folder_is_one_line_and_exit_1(run, tmp_path, monkeypatc
     folder.rmdir()
     status, output, errors = run("--port", "0")
     assert (status, output, errors.count("\n")) == (1, "", 1)
-    assert "the current folder was deleted" in errors
+    assert "No such file or directory" in errors
 
 
 @pytest.mark.parametrize("arguments", [["--port", "0"], ["initialise-database", "--force"], ["backup", "copy"]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import http.client
 import io
 import json
@@ -170,7 +169,15 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert received.count(b'"Harry"') == 2
 
 
-@pytest.mark.parametrize("last", [GET.replace(b"1.1", b"1.0"), get(b"/users/", b"Connection: keep-alive,\tclose")])
+@pytest.mark.parametrize(
+    "last",
+    [
+        GET.replace(b"1.1", b"1.0"),
+        get(b"/users/", b"Connection: Close"),
+        get(b"/users/", b"Connection: keep-alive,\tclose"),
+        get(b"/users/", b"Connection: keep-alive", b"Connection: close"),
+    ],
+)
 def test_http_1_0_and_connection_close_end_the_connection(server, last):
     with connected(server) as connection:
         connection.sendall(last + GET)
@@ -178,6 +185,14 @@ def test_http_1_0_and_connection_close_end_the_connection(server, last):
     assert statuses(received) == [200]
     assert b"\r\nConnection: close\r\n" in received
     assert b"Keep-Alive" not in received
+
+
+@pytest.mark.parametrize("option", [b"keep-alive", b"closed", b"TE, Upgrade"])
+def test_other_connection_options_keep_the_connection(server, option):
+    with connected(server) as connection:
+        for _ in range(2):
+            kept = ask(connection, get(b"/users/", b"Connection: " + option))
+            assert (kept.status, kept.headers["Connection"], kept.headers["Keep-Alive"]) == (200, None, "timeout=15")
 
 
 def test_last_response_ends_the_stream_at_once(server, monkeypatch):
@@ -565,64 +580,25 @@ def test_at_the_connection_limit_requests_in_flight_are_kept(server, slow_hash):
         assert receive(busy) == b""
 
 
-def test_without_file_descriptors_the_longest_idle_connection_is_closed(server, monkeypatch):
-    with connected(server) as idle:
-        assert ask(idle).status == 200
-        monkeypatch.setattr(server, "socket", OutOfFiles(server.socket))
-        with connected(server) as connection:
-            assert ask(connection).status == 200
-        assert receive(idle) == b""
-
-
-def test_without_file_descriptors_and_idle_connections_the_server_pauses(server, monkeypatch):
-    """Otherwise it would use all of a core: the waiting connection makes select return at once."""
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(server, "socket", OutOfFiles(server.socket))
-    with connected(server) as connection:
-        assert ask(connection).status == 200
-    assert pauses[0] == profiler.ACCEPT_PAUSE
-
-
-class OutOfFiles:
-    """A listening socket that cannot accept the next connection at first."""
-
-    def __init__(self, listener):
-        self.listener, self.failed = listener, False
-
-    def __getattr__(self, name):
-        return getattr(self.listener, name)
-
-    def accept(self):
-        if not self.failed:
-            self.failed = True
-            raise OSError(errno.EMFILE, "Too many open files")
-        return self.listener.accept()
-
-
 def test_accept_does_not_block_if_the_client_has_gone(server):
     assert not server.socket.getblocking()
 
 
-def test_without_threads_a_write_is_still_answered(server, users, monkeypatch):
-    """It runs in the I/O thread, which may not wait again after that."""
-    monkeypatch.setattr(users, "get", lambda user_id: b"true" if profiler.this_thread.may_wait else b"false")
-    with connected(server) as connection:
+def test_without_threads_a_write_returns_503_and_reads_go_on(server, monkeypatch, capfd):
+    with connected(server) as connection, connected(server) as reader:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more_threads)
-            assert ask(connection, POST).status == 201
-            assert len(ask(connection).json) == 1
-            assert ask(connection, get(b"/users/1/")).json is False
-        assert ask(connection, DELETE).status == 204
-
-
-def test_without_threads_a_long_list_is_still_sent(server, path, monkeypatch):
-    fill(path, 3 * profiler.BATCH)
-    with connected(server) as connection:
-        assert ask(connection, get(b"/x/")).status == 404
-        monkeypatch.setattr(threading.Thread, "start", no_more_threads)
-        assert len(ask(connection).json) == 3 * profiler.BATCH
-        monkeypatch.undo()
+            refused = ask(connection, POST)
+            assert (refused.status, refused.headers["Retry-After"], refused.headers["Connection"]) == (
+                503,
+                "1",
+                "close",
+            )
+            assert ask(reader).json == []
+        assert ask(reader, DELETE).status == 204
+    log = []
+    until(lambda: log.append(capfd.readouterr().err) or any(log))
+    assert "".join(log) == "profiler: 503: a thread is needed: can't start new thread\n"
 
 
 def test_server_starts_without_threads(application, monkeypatch):
@@ -635,7 +611,7 @@ def test_server_starts_without_threads(application, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", fail_but_for_the_server)
     with serving(application, access_log=True) as server, connected(server) as connection:
-        assert ask(connection, POST).status == 201
+        assert ask(connection).status == 200
 
 
 def no_more_threads(thread):
@@ -786,9 +762,10 @@ def waiting(monkeypatch):
 
 
 @pytest.fixture
-def one_core_server(path, waiting):
+def one_core_server(path, waiting, monkeypatch):
     """A server that hashes one password at a time."""
-    application = profiler.Application(profiler.Users(str(path), ITERATIONS, hashers=1))
+    monkeypatch.setattr(profiler, "count_cores", lambda: 1)
+    application = profiler.Application(profiler.Users(path, ITERATIONS))
     with contextlib.closing(application), serving(application) as server:
         yield server
 

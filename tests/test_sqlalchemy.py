@@ -103,7 +103,7 @@ def application(database_url):
 
 def fill_table(server, url, count, application):
     """Create users 1 to count, without the application."""
-    application.users.create_if_missing()
+    application.users.count()
     rows = ", ".join(
         f"({i}, 'First{i}', 'Last{i}', 'user{i}@example.com', 'user{i}@example.com', 'x', '2026-11-22 10:50:00')"
         for i in range(1, count + 1)
@@ -312,7 +312,7 @@ def test_role_that_may_only_change_rows_can_use_an_existing_table(server, url, a
 
 
 def test_role_that_may_not_create_the_table_gets_503(server, url, application):
-    application.users.create_if_missing()
+    application.users.count()
     limited_url = server.allow(url)
     server.execute(f"DROP TABLE {server.table}", database_of(url))
     with make_app(limited_url) as limited:
@@ -339,7 +339,7 @@ def test_missing_privilege_for_a_sequence_is_503(postgresql_server):
     url = postgresql_server.make_database()
     name = database_of(url)
     with make_app(url) as application:
-        application.users.create_if_missing()
+        application.users.count()
     postgresql_server.execute('ALTER TABLE "user" ALTER id DROP IDENTITY', name)
     postgresql_server.execute("CREATE SEQUENCE ids", name)
     postgresql_server.execute("ALTER TABLE \"user\" ALTER id SET DEFAULT nextval('ids')", name)
@@ -407,7 +407,7 @@ def test_encoding_that_cannot_store_every_character_is_503(postgresql_server):
 
 def test_initialise_deletes_users_by_force_only(server, url, application):
     fill_table(server, url, 3, application)
-    with pytest.raises(profiler.TableInUse, match="3"):
+    with pytest.raises(FileExistsError, match="3"):
         application.users.initialise()
     assert application.users.initialise(True)
     assert post(application).json == {"id": 1}
@@ -426,13 +426,8 @@ def test_table_that_disappears_is_503_and_not_created_again(server, url, applica
     assert_unavailable(call(application))
     assert_unavailable(call(application))
     with make_app(url) as other:
-        other.users.create_if_missing()
+        other.users.count()
     assert call(application).body == b"[]\n"
-
-
-def test_must_exist_raises_without_a_table(application):
-    with pytest.raises(profiler.Unavailable, match="no table"):
-        application.users.must_exist()
 
 
 def test_backup_names_the_programs_of_the_servers(application):
@@ -770,7 +765,7 @@ def test_read_only_server_is_503_for_writes(server, url, application):
             server.execute("SELECT pg_reload_conf()")
     else:
         on, off, switch = "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0", server.execute
-    application.users.create_if_missing()
+    application.users.count()
     with make_app(server.allow(url)) as limited:
         assert post(limited).status == 201
         switch(on)
@@ -1441,7 +1436,7 @@ def test_server_lost_during_the_copy_is_left_without_users(filled, server, url, 
 @pytest.mark.parametrize(
     ("source", "target", "named"),
     [
-        ("missing.sqlite3", "URL", "no such file"),
+        ("missing.sqlite3", "URL", "missing.sqlite3 does not exist"),
         ("URL", "URL", "both"),
         ("db.sqlite3", "db.sqlite3", "both"),
         ("db.sqlite3", "sqlite:///other", "sqlite://"),
@@ -1464,6 +1459,14 @@ def test_failed_copy_is_one_line(source, target, named, mariadb_server, tmp_path
     assert SECRET not in error
     assert capsys.readouterr().out == ""
     assert not pathlib.Path("missing.sqlite3").exists()
+
+
+def test_copy_from_a_database_without_a_table_fails(mariadb_server, tmp_path):
+    url, target = mariadb_server.make_database(), tmp_path / "db.sqlite3"
+    for _ in range(2):  # and creates none
+        with pytest.raises(SystemExit, match="has no table of users. Nothing was copied"):
+            profiler_sqlalchemy.main(["copy", url, str(target)])
+    assert not target.exists()
 
 
 def test_progress_is_shown_on_a_terminal(filled, mariadb_server):
@@ -1529,7 +1532,7 @@ def test_commands_work_on_a_url(url, monkeypatch, capsys):
             return str(exit.code)
         return capsys.readouterr().out
 
-    assert "no table" in run("backup", "copy.sqlite3")
+    assert "pg_dump" in run("backup", "copy.sqlite3")
     assert run("initialise-database") == "Successfully created database schema.\n"
     assert run("initialise-database") == "The database schema exists.\n"
     with make_app(url) as application:
