@@ -57,7 +57,8 @@ except ImportError as error:
     message = f"profiler: {error}. Install the complete Python (python3, not python3-minimal), with SQLite and OpenSSL"
     raise (SystemExit if __name__ == "__main__" else ImportError)(message) from None
 
-TYPE_CHECKING = False  # like typing.TYPE_CHECKING, but without importing typing at run time
+# Like typing.TYPE_CHECKING, but without importing typing at run time.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, Union
@@ -222,10 +223,10 @@ class WouldBlock(BaseException):
 
 
 class _ThisThread(threading.local):
-    """Settings of each thread, for the server. The defaults suit other WSGI servers."""
+    """For the server: whether this thread may wait, and whether its client has disconnected."""
 
     may_wait = True
-    is_abandoned: Callable[[], bool] = staticmethod(lambda: False)  # whether the client has disconnected
+    is_abandoned: Callable[[], bool] = staticmethod(lambda: False)
 
 
 this_thread = _ThisThread()
@@ -264,9 +265,10 @@ class Database:
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
         self.location = os.path.realpath(path)
         self.created_table = False
-        self._file: tuple[int, int] | None = None  # the identity of the file once it was opened
-        self._wal: tuple[int, int] | None = None  # of the -wal file that the connections use
-        self._wal_checked = 0.0  # when, by time.monotonic()
+        # The device and inode of the file, once it was opened, and of the -wal file in use; when that was last checked.
+        self._file: tuple[int, int] | None = None
+        self._wal: tuple[int, int] | None = None
+        self._wal_checked = 0.0
 
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
         """Return all rows of a SELECT. A slow one has its own connection. Raise Busy, Unavailable, WouldBlock."""
@@ -295,7 +297,8 @@ class Database:
                 yield connection
                 _execute(connection, "COMMIT")
             finally:
-                connection.rollback()  # which does nothing after a commit
+                # After a commit, this does nothing.
+                connection.rollback()
         except sqlite3.Error as error:
             slot.close()
             raise self._translate(error) from None
@@ -305,15 +308,15 @@ class Database:
     def check_files(self) -> None:
         """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted."""
         # SQLite would create a new, empty file, and changes to a deleted file are lost.
-        expected, wal, now = {self.location: self._file}, self.location + "-wal", time.monotonic()
+        is_gone = self._file not in (None, _identify(self.location))
+        wal, now = self.location + "-wal", time.monotonic()
         # Not at every write: on recent Linux, a write that follows a stat of its file takes 40 us longer to sync.
-        is_due = now > self._wal_checked + WAL_CHECK_INTERVAL or not os.access(wal, os.F_OK)
-        if is_due and any(slot.connection for slot in self._slots):
-            expected[wal] = self._wal
-        if any(file and file != _identify(path) for path, file in expected.items()):
+        if now > self._wal_checked + WAL_CHECK_INTERVAL or not os.access(wal, os.F_OK):
+            is_open = any(slot.connection for slot in self._slots)
+            is_gone = is_gone or (is_open and self._wal not in (None, _identify(wal)))
+            self._wal_checked = self._wal_checked if is_gone else now
+        if is_gone:
             raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
-        if is_due:
-            self._wal_checked = now
 
     def backup(self, path: str) -> None:
         """Write a copy of the database to a new file, readable by its owner only, while others read and write.
@@ -332,8 +335,9 @@ class Database:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             try:
-                os.link(part, path)  # unlike rename, it never replaces a file
-            except PermissionError:  # FAT has no links
+                # Unlike rename, it never replaces a file; but FAT has no links.
+                os.link(part, path)
+            except PermissionError:
                 os.rename(part, path)
             folder = os.open(os.path.dirname(path), os.O_RDONLY)
             os.fsync(folder)
@@ -372,12 +376,14 @@ class Database:
         """Open the file, and create the file and the table if there are none. Raise sqlite3.Error, Unavailable."""
         self.check_files()
         if not os.path.exists(self.location):
-            read_schema()  # if this fails, no empty file is left
+            # First, so that no empty file is left if it fails.
+            read_schema()
             with contextlib.suppress(OSError):
                 # Left open, because closing it drops this process's locks (sqlite.org/howtocorrupt.html).
                 os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         elif 0 < os.path.getsize(self.location) < MIN_DATABASE:
-            raise sqlite3.DatabaseError("file is not a database")  # SQLite would overwrite it
+            # SQLite would overwrite it.
+            raise sqlite3.DatabaseError("file is not a database")
         uri = f"file:{quote(os.fsencode(self.location))}?mode=rw"
         connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
         connection.text_factory = bytes
@@ -385,7 +391,8 @@ class Database:
             # This fails while another process uses the file in another mode; then the mode stays as it is.
             with contextlib.suppress(sqlite3.OperationalError):
                 _execute(connection, "PRAGMA journal_mode = WAL", timeout=WAL_TIMEOUT).fetchall()
-            _execute(connection, "PRAGMA synchronous = FULL")  # in WAL mode, sync every commit
+            # In WAL mode, sync every commit.
+            _execute(connection, "PRAGMA synchronous = FULL")
             if not _execute(connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE").fetchall():
                 _execute(connection, read_schema())
                 self.created_table = True
@@ -404,7 +411,7 @@ class Database:
             return Busy(str(error))
         folder = os.path.dirname(self.location)
         hint = "" if os.path.isdir(folder) else f": create the folder {folder}"
-        if "full" in str(error):  # SQLite reports both in the same way
+        if "full" in str(error):
             hint = f", or no id is left because {MAX_ID} was used"
         return Unavailable(f"{error}{hint}")
 
@@ -421,8 +428,8 @@ def read_schema() -> str:
 def read_file(name: str) -> bytes:
     """Return a file that is installed with this module: next to it, in a wheel or in a zip archive. Raise OSError."""
     here = os.path.dirname(__file__)
-    spec = globals().get("__spec__")  # scripts and mod_wsgi have none
-    # Wheels put it in profiler_users/, so that no other package can overwrite it.
+    # Scripts and mod_wsgi have no __spec__. Wheels use profiler_users/, where no other package overwrites a file.
+    spec = globals().get("__spec__")
     for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
         with contextlib.suppress(OSError):
             if spec is not None and hasattr(spec.loader, "get_data"):
@@ -452,10 +459,11 @@ def _execute(
 
 def _identify(path: str) -> tuple[int, int] | None:
     """Return the device and the inode of a file, or None if it does not exist."""
-    with contextlib.suppress(OSError):
+    try:
         status = os.stat(path)
-        return status.st_dev, status.st_ino
-    return None
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
@@ -547,7 +555,8 @@ class Users(Database):
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
-        if self.find(email):  # before the costly part; the insert itself decides
+        # Before the costly part; the insert itself decides.
+        if self.find(email):
             raise EmailTaken
         with self._core():
             password_hash = hash_password(password, self.iterations)
@@ -557,12 +566,13 @@ class Users(Database):
         """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
         user_id, password_hash = self.find(email) or (None, self._dummy_hash)
         with self._core():
-            self._check_password(fold_email(email) if user_id is None else user_id, password_hash, password)
+            self._check_password(email.lower() if user_id is None else user_id, password_hash, password)
             new_hash = hash_password(password, self.iterations) if needs_rehash(password_hash, self.iterations) else ""
         if user_id is None:
             raise WrongPassword
         if new_hash:
-            with contextlib.suppress(Unavailable):  # try again at the next login
+            # If it fails, the next login tries again.
+            with contextlib.suppress(Unavailable):
                 self.replace_password_hash(user_id, password_hash, new_hash)
         return user_id
 
@@ -572,7 +582,7 @@ class Users(Database):
         with self._core():
             self._check_password(user_id, password_hash, old_password)
             new_hash = hash_password(new_password, self.iterations)
-        if not self.replace_password_hash(user_id, password_hash, new_hash, guard):  # changed concurrently
+        if not self.replace_password_hash(user_id, password_hash, new_hash, guard):
             raise WrongPassword
 
     def reset_password(self, user_id: int, new_password: str, guard: Guard | None = None) -> None:
@@ -734,18 +744,13 @@ if hasattr(os, "register_at_fork"):
 def count_cores() -> int:
     """Return the number of cores that this process may use, within its CPU quota (Linux, cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota
+    with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/cgroup") as file:
             cgroup = file.read().partition("0::")[2].strip()
         with open(f"/sys/fs/cgroup{cgroup}/cpu.max") as file:
             quota, period = map(int, file.read().split())
         cores = min(cores, max(1, round(quota / period)))
     return cores
-
-
-def fold_email(email: str) -> str:
-    """Return an email with its ASCII letters in lower case, for comparison."""
-    return re.sub("[A-Z]+", lambda match: match[0].lower(), email)
 
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
@@ -806,7 +811,8 @@ def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[by
     status, body, extra = response
     if isinstance(body, bytes):
         return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
-    return _STATUS_LINES[status], [*_HEADERS, *extra], body or (b"",)  # hypercorn sends no head before the first part
+    # hypercorn sends no head before the first part.
+    return _STATUS_LINES[status], [*_HEADERS, *extra], body or (b"",)
 
 
 def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
@@ -887,7 +893,8 @@ def make_guard(environ: WSGIEnvironment) -> Guard | None:
 
 def _matches(field: str, user: bytes | None) -> bool:
     """Return True if a list of ETags contains the user's, or is "*" and there is a user."""
-    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in field.split(",")]  # ours contain no comma
+    # Our own tags contain no comma.
+    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in field.split(",")]
     return user is not None and (tags == ["*"] or make_entity_tag(user) in tags)
 
 
@@ -912,7 +919,8 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
             body += part
     except socket.timeout:
         raise
-    except Exception:  # each server has its own exceptions for a broken body
+    except Exception:
+        # Each server has its own exceptions for a broken body.
         raise HTTPError(400, "The body could not be read to its end") from None
     if max(size, len(body)) > MAX_BODY:
         raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
@@ -952,7 +960,7 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
         raise HTTPError(400, str(error)) from None
     email = check_field("email", query["email"]) if "email" in query else None
     text = check_field("q", query["q"]) if query.get("q") else ""
-    descending = query.get("sort") == "-id"  # JSON:API's spelling
+    descending = query.get("sort") == "-id"
     if not descending and query.get("sort", "id") != "id":
         raise HTTPError(400, "sort must be id or -id")
     page, last = users.page(limit or BATCH, after, descending, email, text)
@@ -1024,7 +1032,8 @@ def get_file(users: Users, environ: WSGIEnvironment) -> Response:
         content = read_file(name)
     except OSError:
         raise HTTPError(404, NOTHING_HERE) from None
-    if not path:  # the mount point without a slash, to which the page's links would not be relative
+    if not path:
+        # The mount point without a slash, to which the page's links would not be relative.
         return 308, b"", (("Content-Type", media_type), ("Location", _url(environ)))
     return 200, content, (("Content-Type", media_type),)
 
@@ -1043,7 +1052,8 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_file}),
     (re.compile("/openapi[.]json"), {"GET": get_file}),
 )
-PUBLIC = re.compile("/health/?|/?|/openapi[.]json")  # paths that need no token
+# Paths that need no token.
+PUBLIC = re.compile("/health/?|/?|/openapi[.]json")
 
 
 def _all_users(users: Users, page: bytes, last: int | None, descending: bool) -> Iterator[bytes]:
@@ -1051,7 +1061,7 @@ def _all_users(users: Users, page: bytes, last: int | None, descending: bool) ->
     yield b"[" + page
     while last is not None:
         page, last = users.page(BATCH, last, descending)
-        if page:  # the rest may have been deleted meanwhile
+        if page:
             yield b"," + page
     yield b"]\n"
 
@@ -1059,7 +1069,8 @@ def _all_users(users: Users, page: bytes, last: int | None, descending: bool) ->
 def _url(environ: WSGIEnvironment, rest: str = "") -> str:
     """Return an absolute path below SCRIPT_NAME."""
     mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
-    return "/" + f"{mount_point}/{rest}".lstrip("/")  # two slashes would lead to another host
+    # Two slashes would lead to another host.
+    return "/" + f"{mount_point}/{rest}".lstrip("/")
 
 
 # -- application -------------------------------------------------------------------------------------------------------
@@ -1140,7 +1151,8 @@ class Application:
             raise HTTPError(421, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = credentials.strip(" ").encode("utf-8", "surrogatepass")
-        matches = sum(hmac.compare_digest(given, token) for token in self.tokens)  # all, for a constant time
+        # All are compared, for a constant time.
+        matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
             challenge = ("WWW-Authenticate", "Bearer")
             raise HTTPError(401, "Send the header Authorization: Bearer TOKEN", challenge)
@@ -1186,11 +1198,12 @@ def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     status, message = ERRORS.get(type(error), (500, "Internal server error"))
     text = f"profiler: {status}: {error}\n" if str(error) else ""
     if status == 500:
-        from traceback import format_exception  # slow to import, only needed here
+        from traceback import format_exception
 
         text = "".join(format_exception(type(error), error, error.__traceback__))
-    with contextlib.suppress(OSError, ValueError):  # the log is full or closed
-        if text:
+    if text:
+        # The log may be full or closed.
+        with contextlib.suppress(OSError, ValueError):
             environ["wsgi.errors"].write(text)
     headers = [("Retry-After", str(error.retry_after))] if hasattr(error, "retry_after") else []
     return status, to_json({"error": message}), (JSON, *headers)
@@ -1229,11 +1242,12 @@ def parse_head(head: bytes) -> WSGIEnvironment:
         if not match:
             raise HTTPError(400, "A header must be one line, `Name: value`, without control characters")
         name, value = match[1].upper(), match[2].strip(" \t")
-        if "_" in name:  # X_Y and X-Y are the same key in an environ
+        # X_Y and X-Y would be the same key.
+        if "_" in name:
             continue
         key = "HTTP_" + name.replace("-", "_")
         if key in environ:
-            if name in ("HOST", "CONTENT-LENGTH"):  # RFC 9112 3.2, 6.3; even if both are equal
+            if name in ("HOST", "CONTENT-LENGTH"):  # RFC 9112 3.2, 6.3
                 raise HTTPError(400, f"Send one {name.title()}")
             value = f"{environ[key]}, {value}"  # RFC 9110 5.3
         environ[key] = value
@@ -1336,14 +1350,14 @@ class Server(WSGIServer):
     def __init__(self, family: int, address: Any, app: Application, access_log: bool = True) -> None:
         """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
         self.address_family, self.access_log, self.log = family, access_log, Log()
-        super().__init__(address, None)  # type: ignore[arg-type]  # connections need no handler class
+        super().__init__(address, None)  # type: ignore[arg-type]
         self.set_app(app)
         self.stopping = False
         self.connections: dict[Connection, None] = {}
-        self.idle: dict[Connection, None] = {}  # those between requests, idle longest first
-        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        limit = files - RESERVED_FILES if files > 0 else MAX_CONNECTIONS
-        self.max_connections = max(1, min(MAX_CONNECTIONS, limit))
+        # Connections between requests, idle longest first.
+        self.idle: dict[Connection, None] = {}
+        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else MAX_CONNECTIONS
+        self.max_connections = max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
@@ -1376,9 +1390,10 @@ class Server(WSGIServer):
             self._serve_round()
         self.selector.unregister(self.socket)
         self.socket.close()
+        # Idle connections read no more, but requests that have arrived are answered.
         for connection in list(self.idle):
             with contextlib.suppress(OSError):
-                connection.socket.shutdown(socket.SHUT_RD)  # requests that have arrived are answered
+                connection.socket.shutdown(socket.SHUT_RD)
         deadline = time.monotonic() + DRAIN_TIMEOUT
         while self.connections and time.monotonic() < deadline:
             self._serve_round()
@@ -1408,14 +1423,16 @@ class Server(WSGIServer):
             this_thread.is_abandoned = connection.is_abandoned
             try:
                 self._finish(connection, None, function())
-            except OSError as error:  # which must not be taken for an error of the connection
+            except OSError as error:
+                # It must not be taken for an error of the connection.
                 self._finish(connection, Unavailable(str(error)))
             except Exception as error:
                 self._finish(connection, error)
 
     def _finish(self, connection: Connection, error: Exception | None, result: object = None) -> None:
         self._finished.put((connection, error, result))
-        with contextlib.suppress(OSError):  # full, so that it wakes anyway, or closed
+        # It may be closed, or full, so that it wakes anyway.
+        with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
     def _resume_finished(self) -> None:
@@ -1440,7 +1457,8 @@ class Server(WSGIServer):
         """Accept a connection; at the limit, close the one that has been idle longest."""
         try:
             connection, address = self.socket.accept()
-        except OSError:  # the client has gone, or no file descriptor is left
+        except OSError:
+            # The client has gone, or no file descriptor is left.
             return
         connection.setblocking(False)
         if len(self.connections) < self.max_connections:
@@ -1457,9 +1475,10 @@ class Connection:
 
     def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
         self.server, self.socket, self.client = server, connection, client
-        self.received = self.head = b""  # read but not used yet; the head of the current request
-        self.is_last = False  # whether the current request is the last one
-        self._started: tuple[str, list[tuple[str, str]]] = ("", [])  # status and headers
+        # Bytes that were read but not used yet, and the head of the current request, which may be the last one.
+        self.received = self.head = b""
+        self.is_last = False
+        self._started: tuple[str, list[tuple[str, str]]] = ("", [])
         self.deadline = float("inf")
         self._events = _NOTHING
         self._steps = self._serve()
@@ -1472,7 +1491,7 @@ class Connection:
             wanted = self._steps.throw(error) if error else self._steps.send(result)
         except Exception as reason:
             if not isinstance(reason, (StopIteration, OSError)):
-                error_response(reason, self.server.base_environ)  # logs it
+                error_response(reason, self.server.base_environ)
             self.close()
             return
         if callable(wanted):
@@ -1507,7 +1526,8 @@ class Connection:
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise OSError."""
         while not self.is_last:
-            if self.received:  # pipelined: other connections come first
+            if self.received:
+                # A pipelined request. Other connections come first.
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield _WRITE
             elif self.server.stopping:
@@ -1544,7 +1564,8 @@ class Connection:
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]
         environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
         length = int(environ["CONTENT_LENGTH"] or 0)
-        if length > MAX_BODY:  # the application answers 413
+        if length > MAX_BODY:
+            # The application answers 413.
             self.is_last, length = True, 0
         elif length and "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 10.1.1
@@ -1612,7 +1633,8 @@ class Connection:
             is_complete = True
         finally:
             if not is_complete:
-                with contextlib.suppress(OSError):  # l_onoff = 1, l_linger = 0: close resets the connection
+                # With l_onoff = 1 and l_linger = 0, close resets the connection.
+                with contextlib.suppress(OSError):
                     self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
             if self.server.access_log:
                 self._log_request(status, size)
@@ -1631,7 +1653,8 @@ class Log(io.TextIOBase):
     def __init__(self) -> None:
         self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_entries, daemon=True)
-        with contextlib.suppress(RuntimeError):  # the system has no more threads: nothing is written
+        # If the system has no more threads, nothing is written.
+        with contextlib.suppress(RuntimeError):
             self._writer.start()
 
     def write(self, text: str) -> int:
@@ -1647,13 +1670,13 @@ class Log(io.TextIOBase):
             self._writer.join(LOG_TIMEOUT)
 
     def _write_entries(self) -> None:
-        # With os.write, because a full sys.stderr could block the interpreter's exit.
+        # With os.write, because a full sys.stderr could block the interpreter's exit. It may be closed, too.
         entries: list[str | None] = []
         while None not in entries:
             entries = [self.entries.get()]
             time.sleep(LOG_INTERVAL)
             entries += [self.entries.get() for _ in range(self.entries.qsize())]
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed or full
+            with contextlib.suppress(AttributeError, OSError, ValueError):
                 os.write(sys.stderr.fileno(), "".join(filter(None, entries)).encode("utf-8", "backslashreplace"))
 
 
@@ -1705,7 +1728,8 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]) -> None:
     """Run the command of the arguments on a storage. Exit as main does."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # it may have been closed by the caller
+    # The caller may have closed it.
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     arguments = parser.parse_args(argv)
     try:
         with contextlib.closing(storage(arguments.database, arguments.iterations)) as users:
@@ -1725,7 +1749,8 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     environ = os.environ.get
     own_port = environ("PROFILER_PORT", "")
-    if own_port.startswith("tcp://"):  # Kubernetes sets it so for a Service named "profiler"
+    # Kubernetes sets it so for a Service named "profiler".
+    if own_port.startswith("tcp://"):
         own_port = ""
     port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
     host = arguments.host or environ("PROFILER_HOST") or HOST
@@ -1745,23 +1770,26 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     if not (app.tokens or app.anonymous or ip.startswith("127.") or ip == "::1"):
         raise ValueError(f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
     count = users.count()
-    users.close()  # frees the memory that counting took
+    # Free the memory that counting took.
+    users.close()
     try:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
         raise OSError(f"port {port} of {ip}: {error.strerror}: choose another --port or --host") from None
-    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    # Windows has no SIGHUP, and nohup ignores it.
+    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
     with server:
         if users.iterations < ITERATIONS:
             server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
         for signum in signals:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, server.stop)
         print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/")
         print(f"Database: {users.location} (users: {count}). Press Ctrl-C to stop.", flush=True)
         server.serve()
+        # Another signal must not change the exit status.
         for signum in signals:
-            signal.signal(signum, signal.SIG_IGN)  # another signal must not change the exit status
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def _initialise_database(arguments: argparse.Namespace, users: Users) -> None:

@@ -334,6 +334,11 @@ def _message(error: BaseException) -> str:
 # -- users -------------------------------------------------------------------------------------------------------------
 
 
+def _fold(email: str) -> str:
+    """Return an email with its ASCII letters in lower case, as SQLite's NOCASE compares them."""
+    return re.sub("[A-Z]+", lambda match: match[0].lower(), email)
+
+
 class SQLAlchemyUsers(profiler.Users):
     """The users in one database of a server. Threads and, after a fork, processes may share the object."""
 
@@ -353,13 +358,13 @@ class SQLAlchemyUsers(profiler.Users):
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with this email, or None."""
         statement = f"SELECT id, password FROM {self._table} WHERE email_key = %s"
-        rows = self._read(statement, (profiler.fold_email(email),))
+        rows = self._read(statement, (_fold(email),))
         return (rows[0][0], rows[0][1]) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-        values = (first_name, last_name, email, profiler.fold_email(email), password_hash, now)
+        values = (first_name, last_name, email, _fold(email), password_hash, now)
         statement = f"""
 INSERT INTO {self._table} (first_name, last_name, email, email_key, password, created_on)
 VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
@@ -382,7 +387,7 @@ VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
             parameters["after"] = after
         if email is not None:
             conditions.append("email_key = %(email_key)s")
-            parameters["email_key"] = profiler.fold_email(email)
+            parameters["email_key"] = _fold(email)
         if text:
             columns = [self._dialect.contains.format(name) for name in ("first_name", "last_name", "email")]
             conditions.append(f"({' OR '.join(columns)})")
@@ -412,7 +417,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
         columns = dict(fields)
         if "email" in fields:
-            columns["email_key"] = profiler.fold_email(fields["email"])
+            columns["email_key"] = _fold(fields["email"])
         assignments = ", ".join(f"{name} = %s" for name in columns) or "id = id"
         statement = f"UPDATE {self._table} SET {assignments} WHERE id = %s"
 
@@ -647,7 +652,7 @@ class _Side:
         names = _FIELDS if self.is_sqlite else (*_FIELDS, "email_key")
         values = ", ".join(f":{name}" for name in names)
         statement = f"INSERT INTO {self.dialect.table} ({', '.join(names)}) VALUES ({values})"
-        users = [{**dict(zip(_FIELDS, row)), "email_key": profiler.fold_email(row[3] or "")} for row in rows]
+        users = [{**dict(zip(_FIELDS, row)), "email_key": _fold(row[3] or "")} for row in rows]
         try:
             with self.connection.begin_nested():
                 self.execute(statement, users)

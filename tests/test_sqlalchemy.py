@@ -1464,7 +1464,7 @@ def test_failed_copy_is_one_line(source, target, named, mariadb_server, tmp_path
 def test_copy_from_a_database_without_a_table_fails(mariadb_server, tmp_path):
     url, target = mariadb_server.make_database(), tmp_path / "db.sqlite3"
     for _ in range(2):  # and creates none
-        with pytest.raises(SystemExit, match="has no table of users. Nothing was copied"):
+        with pytest.raises(SystemExit, match="has no table of users"):
             profiler_sqlalchemy.main(["copy", url, str(target)])
     assert not target.exists()
 
