@@ -1155,7 +1155,7 @@ class Application:
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
             challenge = ("WWW-Authenticate", "Bearer")
-            raise HTTPError(401, "Send the header Authorization: Bearer TOKEN", challenge)
+            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", challenge)
 
 
 def create_app(

@@ -132,6 +132,26 @@ def in_a_fork(function):
     return os.waitpid(pid, 0)[1] == 0
 
 
+def post_at_once(count, create_app, database):
+    """Create a user in each of many child processes at the same moment. Return their exit statuses."""
+    reader, writer = os.pipe()
+    children = []
+    for child in range(count):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                application, fields = create_app(database, iterations=1), {**HARRY, "email": f"{child}@example.com"}
+                os.close(writer)
+                os.read(reader, 1)  # ends when the parent closes its end
+                os._exit(call(application, "POST", fields=fields).status != 201)
+            finally:
+                os._exit(2)
+        children.append(pid)
+    os.close(reader)
+    os.close(writer)
+    return [os.waitpid(pid, 0)[1] for pid in children]
+
+
 def run_program(program, folder, **environ):
     """Run a Python program that may import profiler. Return the completed process."""
     environ = {**os.environ, "PYTHONPATH": os.path.dirname(profiler.__file__), **environ}

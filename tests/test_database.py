@@ -30,6 +30,7 @@ from conftest import (
     locked,
     needs_fork,
     post,
+    post_at_once,
     run_program,
     until,
 )
@@ -656,23 +657,7 @@ def test_child_does_not_recreate_a_file_that_was_moved(application, path, tmp_pa
 def test_twelve_processes_can_create_the_file_at_once(tmp_path):
     for number in range(3):
         path = tmp_path / f"{number}.sqlite3"
-        start_reader, start_writer = os.pipe()
-        children = []
-        for child in range(12):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    application = profiler.create_app(path, iterations=1)
-                    os.close(start_writer)
-                    os.read(start_reader, 1)  # ends when the parent closes its end
-                    fields = {**HARRY, "email": f"{child}@example.com"}
-                    os._exit(call(application, "POST", fields=fields).status != 201)
-                finally:
-                    os._exit(2)
-            children.append(pid)
-        os.close(start_reader)
-        os.close(start_writer)
-        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 12
+        assert post_at_once(12, profiler.create_app, path) == [0] * 12
         assert execute(path, 'SELECT count(*) FROM "user"') == [(12,)]
         assert execute(path, "PRAGMA journal_mode") == [("wal",)]
 

@@ -358,7 +358,7 @@ def test_import_stops_at_a_wrong_token(scripts, tmp_path):
     (tmp_path / "users.csv").write_text("id,first_name,last_name,email,password\n7,Jo,Bo,jo@example.com,s3cret\n")
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
         output = run_import(tmp_path, "import_csv.py", port, status=1, PROFILER_TOKEN="wrong")
-    url, message = f"http://127.0.0.1:{port}/users/", "Send the header Authorization: Bearer TOKEN"
+    url, message = f"http://127.0.0.1:{port}/users/", "Send a valid token in the header Authorization: Bearer TOKEN"
     assert output == ("", f'{url}: 401 {{"error":"{message}"}}\n\n')
 
 

@@ -857,7 +857,7 @@ def test_token_is_asked_for_once_per_tab_and_again_if_wrong(guarded_page):
 def test_cancelled_token_dialog_can_be_reopened(guarded_page):
     page = guarded_page
     page.field("Token").send_keys(Keys.ESCAPE)
-    assert page.until_alert() == "Send the header Authorization: Bearer TOKEN Try again"
+    assert page.until_alert() == "Send a valid token in the header Authorization: Bearer TOKEN Try again"
     page.press("Try again")
     page.type(Token=TOKEN)
     page.press("Continue")

@@ -38,6 +38,7 @@ from conftest import (  # noqa: E402
     ignores_fork_warning,
     in_a_fork,
     post,
+    post_at_once,
     start,
     until,
 )
@@ -284,22 +285,7 @@ def test_first_request_creates_the_table(server, url, application):
 def test_six_processes_can_create_the_table_at_once(server):
     for _ in range(3):
         url = server.make_database()
-        reader, writer = os.pipe()
-        children = []
-        for child in range(6):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    application = profiler_sqlalchemy.create_app(url, iterations=1)
-                    os.close(writer)
-                    os.read(reader, 1)  # ends when the parent closes its end: all start at once
-                    os._exit(post(application, user(email=f"{child}@example.com")).status != 201)
-                finally:
-                    os._exit(2)
-            children.append(pid)
-        os.close(reader)
-        os.close(writer)
-        assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 6
+        assert post_at_once(6, profiler_sqlalchemy.create_app, url) == [0] * 6
         assert server.execute(f"SELECT count(*) FROM {server.table}", database_of(url))[0][0] == 6
 
 
