@@ -470,6 +470,7 @@ def _identify(path: str) -> tuple[int, int] | None:
 # The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
+MAX_WAITING = 64  # requests per core that hash or wait for it: more could not be hashed in time
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
@@ -549,6 +550,7 @@ class Users(Database):
         """Create the locks, and start counting anew."""
         super().reset_locks()
         self._cores = threading.BoundedSemaphore(count_cores())
+        self._places = threading.BoundedSemaphore(count_cores() * MAX_WAITING)
         # The number and the time of the last wrong passwords of an account, least recent first.
         self._failures: dict[int | str, tuple[int, float]] = {}
         self._failures_lock = threading.Lock()
@@ -616,16 +618,21 @@ class Users(Database):
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
         """Hold one of the cores for a hash. Raise Busy."""
-        cores = self._cores
-        waited = not cores.acquire(blocking=False)
-        if waited and not cores.acquire(timeout=HASH_TIMEOUT):
-            raise Busy("no core was free to hash a password")
+        cores, places = self._cores, self._places
+        if not places.acquire(blocking=False):
+            raise Busy("too many requests wait for a core to hash a password")
         try:
-            if waited and this_thread.is_abandoned():
-                raise Busy("the client disconnected before its password was hashed")
-            yield
+            waited = not cores.acquire(blocking=False)
+            if waited and not cores.acquire(timeout=HASH_TIMEOUT):
+                raise Busy("no core was free to hash a password")
+            try:
+                if waited and this_thread.is_abandoned():
+                    raise Busy("the client disconnected before its password was hashed")
+                yield
+            finally:
+                cores.release()
         finally:
-            cores.release()
+            places.release()
 
     # The storage.
 

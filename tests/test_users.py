@@ -350,6 +350,20 @@ def test_request_that_waits_too_long_for_a_core_returns_503(busy_cores, slow_has
     assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (503, "1", 1)
 
 
+def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash, monkeypatch):
+    """Otherwise many logins at once would take all workers of the server, and writes would wait for them."""
+    monkeypatch.setattr(profiler, "count_cores", lambda: 1)
+    monkeypatch.setattr(profiler, "MAX_WAITING", 1)
+    with contextlib.closing(profiler.Users(path, 1)) as users, ThreadPoolExecutor(1) as threads:
+        application = profiler.Application(users)
+        first = threads.submit(post, application)
+        assert slow_hash.started.acquire(timeout=10)
+        answer = call(application, "POST", fields=RON)
+        assert (answer.status, answer.errors.count("too many requests wait")) == (503, 1)
+        slow_hash.go_on.set()
+        assert first.result().status == 201
+
+
 def test_requests_without_hashing_do_not_wait_for_a_core(busy_cores, monkeypatch):
     monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.01)
     profile = {name: HARRY[name] for name in ("first_name", "last_name", "email")}
