@@ -46,6 +46,7 @@ try:
     import sqlite3
     import threading
     import time
+    import unicodedata
     from binascii import a2b_base64
     from hashlib import pbkdf2_hmac
     from http import HTTPStatus
@@ -185,11 +186,7 @@ def _encode(password: str) -> bytes:
     """Return the bytes to hash: UTF-8, normalised to NFC (NIST SP 800-63B 5.1.1.2, RFC 8265 4.2). Raise ValueError."""
     if "\0" in password:
         raise ValueError("a password must not contain NUL: HMAC ignores NULs at the end of its key")
-    if not password.isascii():
-        from unicodedata import normalize
-
-        password = normalize("NFC", password)
-    return password.encode()
+    return unicodedata.normalize("NFC", password).encode()
 
 
 # -- database ----------------------------------------------------------------------------------------------------------
