@@ -690,11 +690,9 @@ UPDATE "user" SET first_name = coalesce(:first_name, first_name), last_name = co
 WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE AND id <> :id)
 """
         with self.transaction() as connection:
-            if guard:
-                guard(_utf8(_single(connection.execute(_GET, (user_id,)).fetchall())))
+            _run_guard(connection, user_id, guard)
             if connection.execute(statement, parameters).rowcount == 0:
-                _single(connection.execute(_GET, (user_id,)).fetchall())
-                raise EmailTaken
+                raise EmailTaken if connection.execute(_GET, (user_id,)).fetchall() else NoSuchUser
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
         """Delete the user with this id, if any. Ids are never reused. Raise what guard raises."""
@@ -877,7 +875,10 @@ def make_entity_tag(user: bytes) -> str:
 
 
 def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
-    """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise HTTPError: 412 if one fails."""
+    """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise HTTPError: 412; NoSuchUser."""
+    # What is answered with 404 without preconditions is with them, too (13.2.1).
+    if user is None and environ["REQUEST_METHOD"] != "DELETE":
+        raise NoSuchUser
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
     if if_match is not None and not _matches(if_match, user):
         raise HTTPError(412, "The user has changed: get it again, then decide" if user else "No user has this id")

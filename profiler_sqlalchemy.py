@@ -420,16 +420,8 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             columns["email_key"] = _fold(fields["email"])
         assignments = ", ".join(f"{name} = %s" for name in columns) or "id = id"
         statement = f"UPDATE {self._table} SET {assignments} WHERE id = %s"
-
-        def guard_existing(user: bytes | None) -> None:
-            if user is None:
-                raise NoSuchUser
-            if guard:
-                guard(user)
-
         with self._email_taken(fields.get("email"), user_id):
-            parameters = (*columns.values(), user_id)
-            if not self._write(statement, parameters, user_id, guard_existing if guard else None):
+            if not self._write(statement, (*columns.values(), user_id), user_id, guard):
                 raise NoSuchUser
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
