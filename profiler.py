@@ -678,8 +678,10 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 
     def get_password_hash(self, user_id: int) -> str:
         """Return a user's password hash. Raise NoSuchUser."""
-        password_hash = _single(self.read(f'SELECT {_PASSWORD} FROM "user" WHERE id = ?', (user_id,)))
-        return str(password_hash, "utf-8", "replace")
+        rows = self.read(f'SELECT {_PASSWORD} FROM "user" WHERE id = ?', (user_id,))
+        if not rows:
+            raise NoSuchUser
+        return str(rows[0][0], "utf-8", "replace")
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
         """Change the names and the email that are in `fields`. Raise NoSuchUser, EmailTaken, what guard raises."""
@@ -710,7 +712,7 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
 
     def count(self) -> int:
         """Return the number of users."""
-        return int(_single(self.read('SELECT count(*) FROM "user"')))
+        return int(self.read('SELECT count(*) FROM "user"')[0][0])
 
     def ping(self) -> None:
         """Raise an exception unless users can be read."""
@@ -720,7 +722,7 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
     def initialise(self, force: bool = False) -> bool:
         """Create the table, with `force` anew. Return whether it did. Raise FileExistsError if it holds users."""
         with self.transaction() as connection:
-            count = _single(connection.execute('SELECT count(*) FROM "user"').fetchall())
+            [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
                 raise FileExistsError(f"the table holds users ({count}): --force deletes them")
             if force:
@@ -759,13 +761,6 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
     if guard:
         rows = connection.execute(_GET, (user_id,)).fetchall()
         guard(_utf8(rows[0][0]) if rows else None)
-
-
-def _single(rows: list[Any]) -> Any:
-    """Return the one column of the one row. Raise NoSuchUser if there is none."""
-    if not rows:
-        raise NoSuchUser
-    return rows[0][0]
 
 
 def _utf8(text: bytes) -> bytes:
