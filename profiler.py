@@ -507,20 +507,19 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
     conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
-    # After a search that reached the last user, looking for more would scan the table again.
-    may_have_more = "count(*) = :limit" if by_text else "TRUE"
+    # A page that is not full is the last: a search would scan the table again to find that out.
     # SQLite does not document the order of group_concat over a subquery; in practice it is the subquery's. Joining rows
     # in Python makes lists 1.5 times slower.
     return f"""
 WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last, {may_have_more} AS may_have_more
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) = :limit AS is_full
     FROM (
         SELECT id, {_USER} AS user FROM "user"
         WHERE id {beyond} :after {conditions}
         ORDER BY id {order} LIMIT :limit
     )
 )
-SELECT users, last, may_have_more AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
+SELECT users, last, is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
 """
 
 
