@@ -137,10 +137,7 @@ def hash_password(password: str, iterations: int = ITERATIONS) -> str:
 
 
 def verify_password(password_hash: str, password: str) -> bool:
-    """Return True if the password matches the stored hash: PBKDF2-SHA256 or scrypt of Werkzeug, Django or passlib.
-
-    A hash that is malformed, unsupported or exceeds the limits above matches no password.
-    """
+    """Return True if the password matches the hash. A malformed, unsupported or too costly hash matches none."""
     matches = parse_hash(str(password_hash))
     try:
         # Other programs may have hashed the password without normalising it.
@@ -316,10 +313,7 @@ class Database:
             raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
 
     def backup(self, path: str) -> None:
-        """Write a copy of the database to a new file, readable by its owner only, while others read and write.
-
-        The copy is complete and on disk before it gets its name. Raise OSError, Unavailable.
-        """
+        """Copy the database, complete and readable by its owner only, to a new file. Raise OSError, Unavailable."""
         path = os.path.abspath(path)
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
@@ -524,10 +518,7 @@ SELECT users, last, is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} l
 
 
 class Users(Database):
-    """The users in an SQLite file. SQLite produces the JSON, so that a read builds no objects in Python.
-
-    First come the rules of accounts, then the storage: what a subclass for another database overrides.
-    """
+    """The users in an SQLite file. SQLite produces the JSON, so that a read builds no objects in Python."""
 
     def __init__(self, database: Path | None = None, iterations: int | str | None = None) -> None:
         """Open nothing yet. None stands for the setting in the environment, or the default. Raise ValueError."""
@@ -630,7 +621,7 @@ class Users(Database):
         finally:
             places.release()
 
-    # The storage.
+    # The storage: what a subclass for another database overrides.
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with this email, or None."""
@@ -1093,10 +1084,7 @@ class Application:
     """The WSGI callable. Created by create_app; any number of threads may call it."""
 
     def __init__(self, users: Users, token: str | None = None, anonymous: bool | None = None) -> None:
-        """Every request needs one of the tokens. Without tokens, it needs a loopback Host, unless `anonymous`.
-
-        Arguments that are None default to PROFILER_TOKEN and PROFILER_ANONYMOUS. Raise ValueError if that is invalid.
-        """
+        """Take what is None from PROFILER_TOKEN and PROFILER_ANONYMOUS; see create_app. Raise ValueError."""
         token = os.environ.get("PROFILER_TOKEN") if token is None else token
         if anonymous is None:
             anonymous = parse_number(os.environ.get("PROFILER_ANONYMOUS") or "0", "PROFILER_ANONYMOUS", 0, 1) == 1
@@ -1140,12 +1128,9 @@ class Application:
         raise HTTPError(404, NOTHING_HERE)
 
     def _check_access(self, environ: WSGIEnvironment, path: str) -> None:
-        """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is not loopback.
-
-        The latter protects a service without a token against DNS rebinding: a website whose name was pointed at
-        127.0.0.1 can make browsers send requests here, but with its own name as the Host.
-        """
+        """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is not loopback."""
         if not self.tokens:
+            # Against DNS rebinding: if a website points its name at 127.0.0.1, browsers send its requests here.
             message = "Without a token, only the hosts localhost and 127.0.0.1 are served. Set PROFILER_TOKEN, "
             raise HTTPError(421, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -1164,13 +1149,12 @@ def create_app(
     token: str | None = None,
     anonymous: bool | None = None,
 ) -> Application:
-    """Return a WSGI application on an SQLite file, which is created by the first request.
+    """Return a WSGI application on an SQLite file, which the first request creates. Raise ValueError.
 
     What is None is taken from PROFILER_DATABASE (default: ./db.sqlite3), PROFILER_ITERATIONS (of PBKDF2 for new
-    passwords, default: 600,000), PROFILER_TOKEN and PROFILER_ANONYMOUS. Requests must carry the token, or one of
-    several separated by white space (RFC 6750). Without one, only requests for a loopback Host are served, unless
-    `anonymous` is true: use it where the application around this one checks who asks.
-    Raise ValueError for an invalid setting.
+    passwords, default: 600,000), PROFILER_TOKEN and PROFILER_ANONYMOUS. Requests need one of the tokens, which white
+    space separates. Without a token they need a loopback Host, unless `anonymous` is true: use it where the application
+    around this one checks who asks.
     """
     return Application(Users(database, iterations), token, anonymous)
 
