@@ -950,17 +950,17 @@ def list_users(users: Users, environ: WSGIEnvironment) -> Response:
         raise HTTPError(400, str(error)) from None
     email = check_field("email", query["email"]) if "email" in query else None
     text = check_field("q", query["q"]) if query.get("q") else ""
-    descending = query.get("sort") == "-id"
-    if not descending and query.get("sort", "id") != "id":
+    sort = query.get("sort", "id")
+    if sort not in ("id", "-id"):
         raise HTTPError(400, "sort must be id or -id")
-    page, last = users.page(limit or BATCH, after, descending, email, text)
+    page, last = users.page(limit or BATCH, after, sort == "-id", email, text)
     if last is None:
         return 200, b"[%b]\n" % page, (JSON,)
     if limit is None and email is None and not text:
-        return 200, _all_users(users, page, last, descending), (JSON,)
-    following = {"limit": str(limit or BATCH), "after": str(last)}
-    following.update({name: query[name] for name in ("sort", "email", "q") if name in query})
-    link = f'<{_url(environ, "users/")}?{urlencode(following, quote_via=quote)}>; rel="next"'  # RFC 8288
+        return 200, _all_users(users, page, last, sort == "-id"), (JSON,)
+    selection = {name: query[name] for name in ("sort", "email", "q") if name in query}
+    following = urlencode({"limit": limit or BATCH, "after": last, **selection}, quote_via=quote)
+    link = f'<{_url(environ, "users/")}?{following}>; rel="next"'  # RFC 8288
     return 200, b"[%b]\n" % page, (JSON, ("Link", link))
 
 
@@ -1138,8 +1138,7 @@ class Application:
         # All are compared, for a constant time.
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
-            challenge = ("WWW-Authenticate", "Bearer")
-            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", challenge)
+            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", ("WWW-Authenticate", "Bearer"))
 
 
 def create_app(
