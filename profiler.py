@@ -450,11 +450,10 @@ def _execute(
 
 def _identify(path: str) -> tuple[int, int] | None:
     """Return the device and the inode of a file, or None if it does not exist."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 # -- users -------------------------------------------------------------------------------------------------------------
@@ -632,8 +631,7 @@ class Users(Database):
         """Store a new user and return the id. Raise EmailTaken."""
         fields = {"first_name": first_name, "last_name": last_name, "email": email, "password_hash": password_hash}
         statement = """
-INSERT INTO "user" (first_name, last_name, email, password)
-SELECT :first_name, :last_name, :email, :password_hash
+INSERT INTO "user" (first_name, last_name, email, password) SELECT :first_name, :last_name, :email, :password_hash
 WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
 """
         with self.transaction() as connection:
@@ -897,12 +895,10 @@ def parse_length(text: str) -> int:
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
     """Read Content-Length bytes, or to the end if the server sets wsgi.input_terminated. Raise as read_object does."""
-    length, is_terminated = environ.get("CONTENT_LENGTH"), environ.get("wsgi.input_terminated", False)
-    if "HTTP_TRANSFER_ENCODING" in environ:
-        if not is_terminated:
-            raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
-        length = ""
-    size = parse_length(length) if length else 0
+    is_terminated, is_chunked = environ.get("wsgi.input_terminated", False), "HTTP_TRANSFER_ENCODING" in environ
+    if is_chunked and not is_terminated:
+        raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
+    size = 0 if is_chunked else parse_length(environ.get("CONTENT_LENGTH") or "0")
     limit, body = size or (MAX_BODY + 1 if is_terminated else 0), b""
     try:
         while size <= MAX_BODY and len(body) < limit and (part := environ["wsgi.input"].read(limit - len(body))):
