@@ -284,15 +284,12 @@ class Database:
         slot.wait()
         try:
             self.check_files()
-            connection = slot.connection or self._connect(slot)
-            try:
+            # As a context manager, the connection rolls back what was not committed.
+            with slot.connection or self._connect(slot) as connection:
                 # Immediate, because a transaction that starts as a read fails at once if it cannot write.
                 _execute(connection, "BEGIN IMMEDIATE")
                 yield connection
                 _execute(connection, "COMMIT")
-            finally:
-                # After a commit, this does nothing.
-                connection.rollback()
         except sqlite3.Error as error:
             slot.close()
             raise self._translate(error) from None
