@@ -378,7 +378,7 @@ class Database:
         try:
             # This fails while another process uses the file in another mode; then the mode stays as it is.
             with contextlib.suppress(sqlite3.OperationalError):
-                _execute(connection, "PRAGMA journal_mode = WAL", timeout=WAL_TIMEOUT).fetchall()
+                _execute(connection, "PRAGMA journal_mode = WAL", wait=WAL_TIMEOUT).fetchall()
             # In WAL mode, sync every commit.
             _execute(connection, "PRAGMA synchronous = FULL")
             if not _execute(connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE").fetchall():
@@ -427,17 +427,15 @@ def read_file(name: str) -> bytes:
     raise FileNotFoundError(f"{name} is missing: copy it to {os.path.abspath(here)}, next to this module")
 
 
-def _execute(
-    connection: sqlite3.Connection, statement: str, parameters: Any = (), timeout: float | None = None
-) -> sqlite3.Cursor:
-    """Return the cursor of a statement, retried for `timeout` or BUSY_TIMEOUT while another process has the lock."""
+def _execute(connection: sqlite3.Connection, statement: str, parameters: Any = (), wait: float = 0) -> sqlite3.Cursor:
+    """Return the cursor. While another process has the lock, retry for `wait` seconds, by default BUSY_TIMEOUT."""
     # SQLite's busy handler sleeps up to 100 ms between attempts, so it loses to writers that retry more often.
     deadline = 0.0
     while True:
         try:
             return connection.execute(statement, parameters)
         except sqlite3.OperationalError as error:
-            deadline = deadline or time.monotonic() + (timeout or BUSY_TIMEOUT)
+            deadline = deadline or time.monotonic() + (wait or BUSY_TIMEOUT)
             if "lock" not in str(error) or time.monotonic() > deadline:
                 raise
             if not this_thread.may_wait:
@@ -601,21 +599,20 @@ class Users(Database):
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
         """Hold one of the cores for a hash. Raise Busy."""
-        cores, places = self._cores, self._places
-        if not places.acquire(blocking=False):
+        if not self._places.acquire(blocking=False):
             raise Busy("too many requests wait for a core to hash a password")
         try:
-            waited = not cores.acquire(blocking=False)
-            if waited and not cores.acquire(timeout=HASH_TIMEOUT):
+            waited = not self._cores.acquire(blocking=False)
+            if waited and not self._cores.acquire(timeout=HASH_TIMEOUT):
                 raise Busy("no core was free to hash a password")
             try:
                 if waited and this_thread.is_abandoned():
                     raise Busy("the client disconnected before its password was hashed")
                 yield
             finally:
-                cores.release()
+                self._cores.release()
         finally:
-            places.release()
+            self._places.release()
 
     # The storage: what a subclass for another database overrides.
 
@@ -1131,7 +1128,8 @@ class Application:
         # All are compared, for a constant time.
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
-            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", ("WWW-Authenticate", "Bearer"))
+            challenge = ("WWW-Authenticate", "Bearer")
+            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", challenge)
 
 
 def create_app(
