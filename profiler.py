@@ -250,6 +250,9 @@ class _Slot:
 class Database:
     """One SQLite file, created on first use. Threads and, after a fork, processes may share the object."""
 
+    _slots: Sequence[_Slot] = ()
+    _held: Sequence[_Slot] = ()
+
     def open(self, path: str) -> None:
         """Store the absolute path; open nothing yet. Raise ValueError for what is not a file."""
         if not path or path == ":memory:":
@@ -280,14 +283,14 @@ class Database:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the write lock; commit at the end of the block, roll back if it raises. Raise Busy, Unavailable."""
-        slot = self._writer
+        slot, deadline = self._writer, time.monotonic() + BUSY_TIMEOUT
         slot.wait()
         try:
             self.check_files()
             # As a context manager, the connection rolls back what was not committed.
             with slot.connection or self._connect(slot) as connection:
                 # Immediate, because a transaction that starts as a read fails at once if it cannot write.
-                _execute(connection, "BEGIN IMMEDIATE")
+                _execute(connection, "BEGIN IMMEDIATE", wait=deadline - time.monotonic())
                 yield connection
                 _execute(connection, "COMMIT")
         except sqlite3.Error as error:
@@ -314,8 +317,8 @@ class Database:
         path = os.path.abspath(path)
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
-            if os.path.lexists(path):
-                raise FileExistsError("choose a new file, this one exists")
+            if os.path.lexists(path) or path == f"{self.location}-journal":
+                raise FileExistsError("choose another name, this one exists or is SQLite's")
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -325,7 +328,9 @@ class Database:
             try:
                 # Unlike rename, it never replaces a file; but FAT has no links.
                 os.link(part, path)
-            except PermissionError:
+            except FileExistsError:
+                raise
+            except OSError:
                 os.rename(part, path)
             folder = os.open(os.path.dirname(path), os.O_RDONLY)
             os.fsync(folder)
@@ -340,8 +345,10 @@ class Database:
 
     def close(self) -> None:
         """Close this process's connections, except one that is still busy after CLOSE_TIMEOUT."""
-        self.before_fork()
-        self.after_fork_in_parent()
+        for slot in self._slots:
+            if slot.lock.acquire(timeout=CLOSE_TIMEOUT):
+                slot.close()
+                slot.lock.release()
 
     def before_fork(self) -> None:
         """Close the connections and hold their locks: SQLite's own locks do not survive a fork."""
@@ -357,7 +364,7 @@ class Database:
     def reset_locks(self) -> None:
         """Create the locks. Again in a forked child, where the threads that held them do not exist."""
         # A parent's connection that was busy must never be closed here, not even by the garbage collector.
-        self._inherited = getattr(self, "_slots", ())
+        self._inherited = self._slots
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def _connect(self, slot: _Slot) -> sqlite3.Connection:
@@ -533,7 +540,7 @@ class Users(Database):
         self._cores = threading.BoundedSemaphore(count_cores())
         self._places = threading.BoundedSemaphore(count_cores() * MAX_WAITING)
         # The number and the time of the last wrong passwords of an account, least recent first.
-        self._failures: dict[int | str, tuple[int, float]] = {}
+        self._failures: dict[int | bytes, tuple[int, float]] = {}
         self._failures_lock = threading.Lock()
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
@@ -549,7 +556,8 @@ class Users(Database):
         """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
         user_id, password_hash = self.find(email) or (None, self._dummy_hash)
         with self._core():
-            self._check_password(email.lower() if user_id is None else user_id, password_hash, password)
+            # Of bytes, lower() changes ASCII letters only, as SQLite's NOCASE does.
+            self._check_password(email.encode().lower() if user_id is None else user_id, password_hash, password)
             new_hash = hash_password(password, self.iterations) if needs_rehash(password_hash, self.iterations) else ""
         if user_id is None:
             raise WrongPassword
@@ -575,9 +583,9 @@ class Users(Database):
             new_hash = hash_password(new_password, self.iterations)
         if not self.replace_password_hash(user_id, None, new_hash, guard):
             raise NoSuchUser
-        self._failures.pop(user_id, None)
+        self._forget_failures(user_id)
 
-    def _check_password(self, account: int | str, password_hash: str, password: str) -> None:
+    def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Raise WrongPassword, TooManyAttempts. Hash even if the stored hash cannot be verified."""
         with self._failures_lock:
             now = time.monotonic()
@@ -591,10 +599,14 @@ class Users(Database):
             raise TooManyAttempts(int(wait) + 1)
         if not parse_hash(password_hash):
             verify_password(self._dummy_hash, password)
-            raise WrongPassword(f"the password hash of user {account} is malformed or cannot be verified here")
+            raise WrongPassword(f"the password hash of user {account!r} is malformed or cannot be verified here")
         if not verify_password(password_hash, password):
             raise WrongPassword
-        self._failures.pop(account, None)
+        self._forget_failures(account)
+
+    def _forget_failures(self, account: int | bytes) -> None:
+        with self._failures_lock:
+            self._failures.pop(account, None)
 
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:
@@ -1329,8 +1341,10 @@ class Server(WSGIServer):
         self.connections: dict[Connection, None] = {}
         # Connections between requests, idle longest first.
         self.idle: dict[Connection, None] = {}
-        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else MAX_CONNECTIONS
-        self.max_connections = max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+        # Windows has no such limit, and -1 stands for none.
+        files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+        limit = MAX_CONNECTIONS if files < 0 else files - RESERVED_FILES
+        self.max_connections = max(1, min(MAX_CONNECTIONS, limit))
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
@@ -1428,19 +1442,20 @@ class Server(WSGIServer):
 
     def _accept(self) -> None:
         """Accept a connection; at the limit, close the one that has been idle longest."""
+        is_full = len(self.connections) >= self.max_connections
         try:
             connection, address = self.socket.accept()
         except OSError:
-            # The client has gone, or no file descriptor is left.
-            return
-        connection.setblocking(False)
-        if len(self.connections) < self.max_connections:
-            Connection(self, connection, address[0])
-        elif self.idle:
+            # No file descriptor is left, or the client has gone.
+            connection, is_full = None, True
+        if is_full and self.idle:
             next(iter(self.idle)).close()
-            Connection(self, connection, address[0])
-        else:
+            is_full = False
+        if connection and is_full:
             connection.close()
+        elif connection:
+            connection.setblocking(False)
+            Connection(self, connection, address[0])
 
 
 class Connection:
@@ -1732,7 +1747,7 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"invalid host {host!r}: {error}") from None
     token = None
-    if arguments.token_file:
+    if arguments.token_file is not None:
         try:
             with open(arguments.token_file, encoding="utf-8-sig") as file:
                 token = file.read()
@@ -1742,6 +1757,7 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     ip = str(address[0])
     if not (app.tokens or app.anonymous or ip.startswith("127.") or ip == "::1"):
         raise ValueError(f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
+    users.ping()
     count = users.count()
     # Free the memory that counting took.
     users.close()
@@ -1749,14 +1765,15 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
         raise OSError(f"port {port} of {ip}: {error.strerror}: choose another --port or --host") from None
+    signals = [signal.SIGTERM, signal.SIGINT]
     # Windows has no SIGHUP, and nohup ignores it.
-    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     with server:
         if users.iterations < ITERATIONS:
             server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
         for signum in signals:
-            if signal.getsignal(signum) != signal.SIG_IGN:
-                signal.signal(signum, server.stop)
+            signal.signal(signum, server.stop)
         print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/")
         print(f"Database: {users.location} (users: {count}). Press Ctrl-C to stop.", flush=True)
         server.serve()

@@ -524,6 +524,15 @@ def test_unknown_emails_are_limited_like_known_ones(application, email):
     assert guess(application, 1, email=email.replace("example", "EXAMPLE")) == [429]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_emails_that_differ_in_the_case_of_other_letters_are_counted_apart(application, known):
+    """They are two accounts. Otherwise a 429 would reveal that one of them is not known."""
+    if known:
+        assert call(application, "POST", fields={**HARRY, "email": "Élan@example.com"}).status == 201
+    guess(application, email="Élan@example.com")
+    assert guess(application, 1, email="élan@example.com") == [403]
+
+
 def test_429_does_not_reveal_whether_the_email_is_known(application):
     post(application)
     guess(application)

@@ -63,11 +63,11 @@ class Command:
 
 
 @contextlib.contextmanager
-def on_hangup(action):
-    """Let child processes inherit what SIGHUP does."""
-    previous = signal.signal(signal.SIGHUP, action)
+def inheriting(signum, action):
+    """Let child processes inherit what a signal does."""
+    previous = signal.signal(signum, action)
     yield
-    signal.signal(signal.SIGHUP, previous)
+    signal.signal(signum, previous)
 
 
 def ask(address, method="GET", path="/users/", fields=None, **headers):
@@ -115,7 +115,7 @@ def with_harry(tmp_path):
 
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_two_files_in_an_empty_folder_serve_until_a_signal(tmp_path, signum):
-    with on_hangup(signal.SIG_DFL), Command(tmp_path, "--port", "0") as command:
+    with inheriting(signal.SIGHUP, signal.SIG_DFL), Command(tmp_path, "--port", "0") as command:
         address = command.address()
         assert ask(address, "POST", fields=HARRY).json == {"id": 1}
         assert ask(address).status == 200
@@ -140,12 +140,20 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
 def test_nohup_is_honoured(tmp_path):
-    with on_hangup(signal.SIG_IGN), Command(tmp_path, "--port", "0", "--no-access-log") as command:
+    with inheriting(signal.SIGHUP, signal.SIG_IGN), Command(tmp_path, "--port", "0", "--no-access-log") as command:
         address = command.address()
         command.process.send_signal(signal.SIGHUP)
         for _ in range(3):
             assert ask(address).status == 200
         assert command.end(signal.SIGTERM) == (0, "", "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_that_was_ignored_by_the_parent_ends_the_server(tmp_path, signum):
+    """A shell script starts a background job so that it ignores SIGINT."""
+    with inheriting(signum, signal.SIG_IGN), Command(tmp_path, "--port", "0") as command:
+        command.address()
+        assert command.end(signum) == (0, "", "")
 
 
 def test_interrupt_before_the_server_starts_exits_with_130(run, monkeypatch):
@@ -353,6 +361,14 @@ def test_token_is_not_taken_from_the_command_line(run, arguments):
     status, _, errors = run(*arguments)
     assert status == 2
     assert "--token-file" not in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path", ["", "missing", "."])
+def test_token_file_that_cannot_be_read_exits_with_2(run, path):
+    """Also an empty path, which an unset variable leaves: nothing may start without a token."""
+    status, _, errors = run("--token-file", path)
+    assert status == 2
+    assert "--token-file" in errors.splitlines()[-1]
 
 
 def test_token_file_that_is_not_text_exits_with_2(run, tmp_path):

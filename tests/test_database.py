@@ -608,6 +608,14 @@ def test_fork_closes_the_connections_first(application, connections):
     assert len(call(application).json) == 2
 
 
+def test_closing_during_a_fork_does_not_lock_the_database(application, users, monkeypatch):
+    monkeypatch.setattr(profiler, "CLOSE_TIMEOUT", 0.01)
+    users.before_fork()
+    users.close()
+    users.after_fork_in_parent()
+    assert write(application).status == 204
+
+
 @needs_fork
 @ignores_fork_warning
 def test_daemon_whose_parent_ended_loses_no_write(application, path):
@@ -696,12 +704,21 @@ def test_backup_may_be_named_after_the_database(users, path, suffix):
     assert integrity(f"{path}{suffix}") == [("ok",)]
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_backup_may_not_have_a_name_that_sqlite_uses(users, path, suffix):
+    """SQLite would delete a -journal file at the next start."""
+    assert users.count() == 0
+    with pytest.raises(OSError, match="choose another name"):
+        users.backup(f"{path}{suffix}")
+    assert not os.path.exists(f"{path}-journal")
+
+
 def test_backup_never_replaces_a_file(users, path, tmp_path):
     assert users.count() == 0
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for target in (tmp_path / "file", tmp_path / "link", tmp_path, path):
-        with pytest.raises(OSError, match="choose a new file, this one exists"):
+        with pytest.raises(OSError, match="choose another name"):
             users.backup(str(target))
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
@@ -768,11 +785,12 @@ def test_backup_is_synced_before_it_gets_its_name_and_its_folder_after(users, tm
     assert synced == [(False, False), (True, True)]
 
 
-def test_backup_works_without_hard_links(users, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_backup_works_without_hard_links(users, tmp_path, monkeypatch, number):
     assert users.count() == 0
 
     def link(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+        raise OSError(number, "no links")
 
     monkeypatch.setattr(profiler.os, "link", link)
     users.backup(str(tmp_path / "copy"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import http.client
 import io
 import json
@@ -578,6 +579,31 @@ def test_at_the_connection_limit_requests_in_flight_are_kept(server, slow_hash):
         with connected(server) as another:
             assert ask(another).status == 200
         assert receive(busy) == b""
+
+
+def test_without_file_descriptors_the_longest_idle_connection_is_closed(server, monkeypatch):
+    with connected(server) as idle:
+        assert ask(idle).status == 200
+        monkeypatch.setattr(server, "socket", OutOfFiles(server.socket))
+        with connected(server) as connection:
+            assert ask(connection).status == 200
+        assert receive(idle) == b""
+
+
+class OutOfFiles:
+    """A listening socket that cannot accept the next connection at first."""
+
+    def __init__(self, listener):
+        self.listener, self.failed = listener, False
+
+    def __getattr__(self, name):
+        return getattr(self.listener, name)
+
+    def accept(self):
+        if not self.failed:
+            self.failed = True
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.listener.accept()
 
 
 def test_accept_does_not_block_if_the_client_has_gone(server):
