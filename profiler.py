@@ -1350,7 +1350,7 @@ class Server(WSGIServer):
         self._next_check = 0.0
         # A job is a function, and the connection to resume with its result.
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[tuple[Connection, Exception | None, object]] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[Connection, object]] = queue.SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         for end in (self.socket, self._woken, self._waker):
             end.setblocking(False)
@@ -1395,29 +1395,27 @@ class Server(WSGIServer):
         """Run a function in a worker, then resume the connection in this thread: with Busy if there is no worker."""
         self._busy += 1
         if self._workers < min(self._busy, WORKERS):
-            try:
+            with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
-            except RuntimeError as error:
-                if not self._workers:
-                    self._finish(connection, Busy(f"a thread is needed: {error}"))
-                    return
-        self._jobs.put((function, connection))
+        if self._workers:
+            self._jobs.put((function, connection))
+        else:
+            self._finish(connection, Busy("a thread is needed: can't start new thread"))
 
     def _work(self) -> None:
         while True:
             function, connection = self._jobs.get()
             this_thread.is_abandoned = connection.is_abandoned
             try:
-                self._finish(connection, None, function())
-            except OSError as error:
-                # It must not be taken for an error of the connection.
-                self._finish(connection, Unavailable(str(error)))
+                result = function()
             except Exception as error:
-                self._finish(connection, error)
+                # An OSError must not be taken for an error of the connection.
+                result = Unavailable(str(error)) if isinstance(error, OSError) else error
+            self._finish(connection, result)
 
-    def _finish(self, connection: Connection, error: Exception | None, result: object = None) -> None:
-        self._finished.put((connection, error, result))
+    def _finish(self, connection: Connection, result: object) -> None:
+        self._finished.put((connection, result))
         # It may be closed, or full, so that it wakes anyway.
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
@@ -1426,8 +1424,8 @@ class Server(WSGIServer):
         self._woken.recv(RECEIVE_SIZE)
         while not self._finished.empty():
             self._busy -= 1
-            connection, error, result = self._finished.get()
-            connection.resume(error, result)
+            connection, result = self._finished.get()
+            connection.resume(result)
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
@@ -1473,10 +1471,10 @@ class Connection:
         server.connections[self] = None
         self.resume()
 
-    def resume(self, error: Exception | None = None, result: object = None) -> None:
-        """Continue until the next wait, with the result of the last one."""
+    def resume(self, result: object = None) -> None:
+        """Continue until the next wait, with the result of the last one, or its exception."""
         try:
-            wanted = self._steps.throw(error) if error else self._steps.send(result)
+            wanted = self._steps.throw(result) if isinstance(result, Exception) else self._steps.send(result)
         except Exception as reason:
             if not isinstance(reason, (StopIteration, OSError)):
                 error_response(reason, self.server.base_environ)
