@@ -1231,11 +1231,8 @@ def parse_head(head: bytes) -> WSGIEnvironment:
         if "_" in name:
             continue
         key = "HTTP_" + name.replace("-", "_")
-        if key in environ:
-            if name in ("HOST", "CONTENT-LENGTH"):  # RFC 9112 3.2, 6.3
-                raise HTTPError(400, f"Send one {name.title()}")
-            value = f"{environ[key]}, {value}"  # RFC 9110 5.3
-        environ[key] = value
+        # RFC 9110 5.3. For Host and Content-Length, which must not be repeated, the result is invalid.
+        environ[key] = f"{environ[key]}, {value}" if key in environ else value
     _check_framing(environ)
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
@@ -1290,9 +1287,8 @@ def _check_framing(environ: WSGIEnvironment) -> None:
     if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
         if "HTTP_CONTENT_LENGTH" in environ:
             raise HTTPError(400, "Send either a Content-Length or a Transfer-Encoding")
-        if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked":
-            raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
-        raise HTTPError(501, "Transfer-Encoding is not supported: send a Content-Length")
+        status = 411 if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked" else 501
+        raise HTTPError(status, "This server takes no chunked body: send a Content-Length")
 
 
 # -- server: connections -----------------------------------------------------------------------------------------------
