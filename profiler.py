@@ -1318,6 +1318,7 @@ RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written; then new ones are dropped
 MAX_LOGGED = 512  # bytes of a request line in the log
 
+_CLOSE = re.compile(r"(^|,)\s*close\s*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
 _READ, _WRITE, _NOTHING = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
 
@@ -1538,10 +1539,10 @@ class Connection:
 
     def _receive_request(self) -> Steps:
         """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
-        self.deadline, self.head = time.monotonic() + HEAD_TIMEOUT, b""
+        self.deadline = time.monotonic() + HEAD_TIMEOUT
         while not (end := HEAD_END.search(self.received)):
-            parse_request_line(self.received)
             self.head = self.received
+            parse_request_line(self.head)
             yield from self._receive("The head ends before its empty line")
         self.head, self.received = self.received[: end.end()], self.received[end.end() :]
         environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
@@ -1585,12 +1586,10 @@ class Connection:
         except WouldBlock:
             body = yield run
         status, headers = self._started
-        if environ["SERVER_PROTOCOL"] != "HTTP/1.1" or self.server.stopping:
+        is_http_1_1, options = environ["SERVER_PROTOCOL"] == "HTTP/1.1", environ.get("HTTP_CONNECTION", "")
+        if not is_http_1_1 or self.server.stopping or _CLOSE.search(options):
             self.is_last = True
-        elif "HTTP_CONNECTION" in environ:  # RFC 9112 9.3
-            options = environ["HTTP_CONNECTION"].lower().split(",")
-            self.is_last = self.is_last or "close" in map(str.strip, options)
-        if not isinstance(body, tuple) and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+        if is_http_1_1 and not isinstance(body, tuple):
             headers.append(_CHUNKED)
         return status, headers, body
 
@@ -1623,8 +1622,8 @@ class Connection:
 
     def _log_request(self, status: str, size: int) -> None:
         """Log a request in Common Log Format, without control characters."""
-        line = self.head.lstrip(b"\r\n").split(b"\n", 1)[0].rstrip(b"\r")[:MAX_LOGGED]
-        text = line.decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
+        line, _, _ = self.head.strip().partition(b"\r\n")
+        text = line[:MAX_LOGGED].decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
         _, moment = format_time(int(time.time()))
         self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
 
