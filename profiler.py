@@ -1390,15 +1390,15 @@ class Server(WSGIServer):
 
     def submit(self, function: Callable[[], object], connection: Connection) -> None:
         """Run a function in a worker, then resume the connection in this thread: with Busy if there is no worker."""
-        self._busy += 1
-        if self._workers < min(self._busy, WORKERS):
+        if self._workers < min(self._busy + 1, WORKERS):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
         if self._workers:
+            self._busy += 1
             self._jobs.put((function, connection))
         else:
-            self._finish(connection, Busy("a thread is needed: can't start new thread"))
+            connection.resume(Busy("a thread is needed: can't start new thread"))
 
     def _work(self) -> None:
         while True:
@@ -1409,13 +1409,10 @@ class Server(WSGIServer):
             except Exception as error:
                 # An OSError must not be taken for an error of the connection.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
-            self._finish(connection, result)
-
-    def _finish(self, connection: Connection, result: object) -> None:
-        self._finished.put((connection, result))
-        # It may be closed, or full, so that it wakes anyway.
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
+            self._finished.put((connection, result))
+            # It may be closed, or full, so that it wakes anyway.
+            with contextlib.suppress(OSError):
+                self._waker.send(b"\0")
 
     def _resume_finished(self) -> None:
         self._woken.recv(RECEIVE_SIZE)
@@ -1477,11 +1474,10 @@ class Connection:
                 error_response(reason, self.server.base_environ)
             self.close()
             return
+        self._wait_for(_NOTHING if callable(wanted) else wanted)
         if callable(wanted):
             self.deadline = float("inf")
             self.server.submit(wanted, self)
-            wanted = _NOTHING
-        self._wait_for(wanted)
 
     def close(self) -> None:
         """Close the connection and forget it."""
