@@ -1595,7 +1595,7 @@ class Connection:
         lines = [f"HTTP/1.1 {status}", f"Date: {date}", f"Server: profiler/{__version__}"]
         lines += [f"{name}: {value}" for name, value in headers]
         lines.append("Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}")
-        head, size, is_complete = "\r\n".join([*lines, "\r\n"]).encode("latin-1"), 0, False
+        head, size = "\r\n".join([*lines, "\r\n"]).encode("latin-1"), 0
         try:
             if isinstance(body, tuple):
                 size = len(body[0])
@@ -1607,12 +1607,12 @@ class Connection:
                     head, size = b"", size + len(part)
                 if chunked:
                     yield from self._send(b"0\r\n\r\n")  # RFC 9112 7.1
-            is_complete = True
+        except BaseException:
+            # With l_onoff = 1 and l_linger = 0, close resets the connection.
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+            raise
         finally:
-            if not is_complete:
-                # With l_onoff = 1 and l_linger = 0, close resets the connection.
-                with contextlib.suppress(OSError):
-                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
             if self.server.access_log:
                 self._log_request(status, size)
 
