@@ -1673,33 +1673,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tuple[argparse.ArgumentParser, Any]:
     """Return the parser of the command line, and its subparsers. `run` is the function of a command."""
-    variables = "PROFILER_HOST, PROFILER_PORT or PORT, PROFILER_DATABASE, PROFILER_TOKEN, PROFILER_ANONYMOUS"
-    epilog = f"Environment variables, used where no option is given: {variables}, PROFILER_ITERATIONS."
-    text = "User accounts over HTTP. Without a command, serve them."
-    parser = argparse.ArgumentParser(prog, description=text, epilog=epilog, allow_abbrev=False)
+    text = "User accounts over HTTP. Without a command, serve them. Each option overrides its environment variable."
+    parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False)
     add = parser.add_argument
-    add("--host", help=f"the address to listen on (default: {HOST})")
-    add("--port", help=f"the port to listen on; 0 picks a free one (default: {PORT})")
-    add("--database", help=f"{database} (default: {DATABASE})")
-    add("--token-file", metavar="PATH", help="require a token of this file, which has one per line")
-    add("--anonymous", action="store_true", default=None, help="serve everybody who reaches the port, without a token")
-    add("--iterations", type=int, help=f"of PBKDF2 for new passwords (default: {ITERATIONS})")
+    add("--host", help=f"the address to listen on (PROFILER_HOST; default: {HOST})")
+    add("--port", help=f"the port to listen on; 0 picks a free one (PROFILER_PORT, else PORT; default: {PORT})")
+    add("--database", help=f"{database} (PROFILER_DATABASE; default: {DATABASE})")
+    add("--token-file", metavar="PATH", help="require a token of this file, one per line (PROFILER_TOKEN: the token)")
+    add(
+        "--anonymous", action="store_true", default=None, help="serve everybody, without a token (PROFILER_ANONYMOUS=1)"
+    )
+    add("--iterations", type=int, help=f"of PBKDF2 for new passwords (PROFILER_ITERATIONS; default: {ITERATIONS})")
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--database", default=argparse.SUPPRESS, help=database)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    options: Any = {"parents": [common], "allow_abbrev": False}
-
-    initialise = commands.add_parser("initialise-database", help="create the table of users", **options)
+    initialise = commands.add_parser("initialise-database", help="create the table of users", allow_abbrev=False)
     initialise.add_argument("--force", action="store_true", help="delete all users in it")
     initialise.set_defaults(run=_initialise_database)
-
-    backup = commands.add_parser("backup", help="copy the database while it is served", **options)
+    backup = commands.add_parser("backup", help="copy the database while it is served", allow_abbrev=False)
     backup.add_argument("path", metavar="PATH", help="a new file")
     backup.set_defaults(run=_backup)
+    for command in (initialise, backup):
+        command.add_argument("--database", default=argparse.SUPPRESS, help=database)
     return parser, commands
 
 
