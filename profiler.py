@@ -1233,7 +1233,18 @@ def parse_head(head: bytes) -> WSGIEnvironment:
         key = "HTTP_" + name.replace("-", "_")
         # RFC 9110 5.3. For Host and Content-Length, which must not be repeated, the result is invalid.
         environ[key] = f"{environ[key]}, {value}" if key in environ else value
-    _check_framing(environ)
+    is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    if (is_http_1_1 and "HTTP_HOST" not in environ) or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
+        raise HTTPError(400, "Send one Host, such as localhost:5000")
+    if is_http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
+        raise HTTPError(417, "The only supported Expect is 100-continue")
+    if "HTTP_CONTENT_LENGTH" in environ:
+        parse_length(environ["HTTP_CONTENT_LENGTH"])
+    if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
+        if "HTTP_CONTENT_LENGTH" in environ:
+            raise HTTPError(400, "Send either a Content-Length or a Transfer-Encoding")
+        status = 411 if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked" else 501
+        raise HTTPError(status, "This server takes no chunked body: send a Content-Length")
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
     if authority:
@@ -1273,22 +1284,6 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
 def format_time(second: int) -> tuple[str, str]:
     """Return a time for the header Date, and for the log in Common Log Format."""
     return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
-
-
-def _check_framing(environ: WSGIEnvironment) -> None:
-    """Reject an ambiguous Host and ambiguous framing of the body. Raise HTTPError: 400, 411, 417, 501."""
-    if "HTTP_CONTENT_LENGTH" in environ:
-        parse_length(environ["HTTP_CONTENT_LENGTH"])
-    http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if (http_1_1 and "HTTP_HOST" not in environ) or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
-        raise HTTPError(400, "Send one Host, such as localhost:5000")
-    if http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
-        raise HTTPError(417, "The only supported Expect is 100-continue")
-    if "HTTP_TRANSFER_ENCODING" in environ:  # RFC 9112 6.1 and 6.3
-        if "HTTP_CONTENT_LENGTH" in environ:
-            raise HTTPError(400, "Send either a Content-Length or a Transfer-Encoding")
-        status = 411 if environ["HTTP_TRANSFER_ENCODING"].lower() == "chunked" else 501
-        raise HTTPError(status, "This server takes no chunked body: send a Content-Length")
 
 
 # -- server: connections -----------------------------------------------------------------------------------------------
