@@ -1585,8 +1585,8 @@ class Connection:
         return status, headers, body
 
     def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps:
-        """Send a response. If it fails midway, reset the connection, so that it does not look complete."""
-        date, _ = format_time(int(time.time()))
+        """Send a response and log it. If it fails midway, reset the connection, so that it does not look complete."""
+        date, moment = format_time(int(time.time()))
         lines = [f"HTTP/1.1 {status}", f"Date: {date}", f"Server: profiler/{__version__}"]
         lines += [f"{name}: {value}" for name, value in headers]
         lines.append("Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}")
@@ -1609,14 +1609,10 @@ class Connection:
             raise
         finally:
             if self.server.access_log:
-                self._log_request(status, size)
-
-    def _log_request(self, status: str, size: int) -> None:
-        """Log a request in Common Log Format, without control characters."""
-        line, _, _ = self.head.strip().partition(b"\r\n")
-        text = line[:MAX_LOGGED].decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
-        _, moment = format_time(int(time.time()))
-        self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
+                # In Common Log Format, without control characters.
+                line, _, _ = self.head.strip().partition(b"\r\n")
+                text = line[:MAX_LOGGED].decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
+                self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
 
 
 class Log(io.TextIOBase):
