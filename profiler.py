@@ -1207,7 +1207,7 @@ _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 # RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which overrides Host (3.2.2).
 _TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
-_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} HTTP/([0-9A-Za-z.]+)\r")
+_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # The beginning of one. RFC 9112 2.2 allows an empty line before it.
 _REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
@@ -1270,14 +1270,15 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
     match = _REQUEST_LINE.fullmatch(text)
     if not match:
         raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`")
-    method, authority, target, version = match.groups()
-    if version not in ("1.0", "1.1"):  # RFC 9110 15.6.6
+    method, authority, target, protocol = match.groups()
+    if protocol not in ("HTTP/1.0", "HTTP/1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
     if not (authority or target[:1] == "/" or target == "*"):
         raise HTTPError(400, "The request target must be a path")
     path, _, query = target.partition("?")
-    environ = {"REQUEST_METHOD": method, "PATH_INFO": unquote(path, "latin-1"), "QUERY_STRING": query}
-    return {**environ, "SERVER_PROTOCOL": f"HTTP/{version}"}, authority
+    environ = {"REQUEST_METHOD": method, "SERVER_PROTOCOL": protocol, "QUERY_STRING": query}
+    environ["PATH_INFO"] = unquote(path, "latin-1")
+    return environ, authority
 
 
 @functools.lru_cache(maxsize=1)
@@ -1587,10 +1588,10 @@ class Connection:
     def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps:
         """Send a response and log it. If it fails midway, reset the connection, so that it does not look complete."""
         date, moment = format_time(int(time.time()))
-        lines = [f"HTTP/1.1 {status}", f"Date: {date}", f"Server: profiler/{__version__}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        lines.append("Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}")
-        head, size = "\r\n".join([*lines, "\r\n"]).encode("latin-1"), 0
+        persistence = "Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}"
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        start = f"HTTP/1.1 {status}\r\nDate: {date}\r\nServer: profiler/{__version__}\r\n"
+        head, size = f"{start}{fields}{persistence}\r\n\r\n".encode("latin-1"), 0
         try:
             if isinstance(body, tuple):
                 size = len(body[0])
