@@ -837,6 +837,13 @@ def test_access_log_has_common_log_format_without_control_characters(application
     assert '"GET /\\x1b[2J HTTP/1.1" 400' in fourth
 
 
+def test_access_log_has_the_beginning_of_a_head_that_is_rejected_early(application, capfd):
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        connection.sendall(b"\x16\x03\x01")
+        assert statuses(receive(connection)) == [400]
+    assert '"\\x16\\x03\\x01" 400' in capfd.readouterr().err
+
+
 def test_access_log_has_every_request_of_one_selector_round(application, capfd):
     gate = Gate(application)
     with contextlib.ExitStack() as stack:
