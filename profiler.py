@@ -1208,11 +1208,11 @@ _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 _TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
 _REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
-# The beginning of one. RFC 9112 2.2 allows an empty line before it.
+# Any beginning of a request line. An empty line may precede it (RFC 9112 2.2).
 _REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
-# Also matches a bare LF, which is then rejected at once.
+# Bare LFs end a head, too, so that parse_head rejects them at once.
 HEAD_END = re.compile(rb"\n\r?\n")
 
 
@@ -1227,7 +1227,7 @@ def parse_head(head: bytes) -> WSGIEnvironment:
         if not match:
             raise HTTPError(400, "A header must be one line, `Name: value`, without control characters")
         name, value = match[1].upper(), match[2].strip(" \t")
-        # X_Y and X-Y would be the same key.
+        # Dropped, because X_Y and X-Y would be the same key.
         if "_" in name:
             continue
         key = "HTTP_" + name.replace("-", "_")
@@ -1253,7 +1253,7 @@ def parse_head(head: bytes) -> WSGIEnvironment:
 
 
 def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
-    """Return the environ of a head's request line, and the authority of its target; nothing while it is incomplete.
+    """Return the environ of the request line, and the authority of its target. While it is incomplete: {} and None.
 
     Raise HTTPError for a head that is too long or cannot become valid, such as TLS: 400, 414, 431, 505.
     """
@@ -1370,7 +1370,7 @@ class Server(WSGIServer):
             self._serve_round()
         self.selector.unregister(self.socket)
         self.socket.close()
-        # Idle connections read no more, but requests that have arrived are answered.
+        # Idle connections receive nothing more. What they have received already is answered.
         for connection in list(self.idle):
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_RD)
@@ -1403,10 +1403,10 @@ class Server(WSGIServer):
             try:
                 result = function()
             except Exception as error:
-                # An OSError must not be taken for an error of the connection.
+                # resume() would take an OSError for a lost connection, which is not logged.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
-            # It may be closed, or full, so that it wakes anyway.
+            # The socket may be closed. If it is full, the I/O thread wakes up anyway.
             with contextlib.suppress(OSError):
                 self._waker.send(b"\0")
 
@@ -1419,7 +1419,7 @@ class Server(WSGIServer):
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
-        # Not forever: a signal that arrives right before the wait is handled after it.
+        # Not forever, because a signal that arrives right before the wait is handled only after it.
         for key, _ in self.selector.select(CHECK_INTERVAL):
             key.data()
         now = time.monotonic()
@@ -1451,7 +1451,7 @@ class Connection:
 
     def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
         self.server, self.socket, self.client = server, connection, client
-        # Bytes that were read but not used yet, and the head of the current request, which may be the last one.
+        # Bytes that were received but not used yet, and the head of the current request.
         self.received = self.head = b""
         self.is_last = False
         self._started: tuple[str, list[tuple[str, str]]] = ("", [])
@@ -1552,7 +1552,7 @@ class Connection:
         return environ
 
     def _receive(self, problem: str = "") -> Steps:
-        """Receive some bytes. At the end of the stream, raise HTTPError if that is a problem. Raise OSError."""
+        """Receive some bytes. At the end of the stream, raise HTTPError with the problem, if any. Raise OSError."""
         yield _READ
         more = self.socket.recv(RECEIVE_SIZE)
         self.received += more
@@ -1694,7 +1694,7 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]) -> None:
     """Run the command of the arguments on a storage. Exit as main does."""
-    # The caller may have closed it.
+    # It is None if the caller has closed the descriptor.
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     arguments = parser.parse_args(argv)
     try:
