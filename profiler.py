@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
     # Status, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
     Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
-    # Called inside the transaction with the stored user as JSON, or None; raises to abort the write.
+    # A write calls it in its transaction, with the user as JSON or None. If it raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
     Path = Union[str, bytes, os.PathLike[str]]
     Steps = Generator[Any, Any, Any]
@@ -94,7 +94,7 @@ BATCH = 500  # users read at once for the list, or on a page without a limit
 
 def parse_number(text: str, name: str, low: int, high: int) -> int:
     """Return the number in a setting or a parameter. Raise ValueError."""
-    # ASCII only, unlike \d. int() takes at most 4,300 digits.
+    # \d would match other digits, too. int() takes at most 4,300 digits.
     if not re.fullmatch("[0-9]{1,4000}", text) or not low <= int(text) <= high:
         raise ValueError(f"{name} must be a number from {low} to {high}")
     return int(text)
@@ -119,7 +119,7 @@ def _decode(text: str) -> bytes:
 
 # Each format: a pattern for the whole hash, and how its salt and its digest are decoded.
 _HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]], ...] = (
-    # This service and Werkzeug; then Werkzeug, Django, Django, passlib.
+    # In this order: this service and Werkzeug, Werkzeug, Django, Django, passlib.
     (rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})", str.encode, bytes.fromhex),
     (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
     (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
@@ -168,13 +168,13 @@ def parse_hash(password_hash: str) -> Callable[[bytes], bool] | None:
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
         return None
-    # maxmem is in bytes: what OpenSSL needs.
+    # OpenSSL needs this many bytes.
     scrypt = functools.partial(hashlib.scrypt, salt=salt, n=n, r=r, p=p, maxmem=128 * r * (n + p + 3))
     return lambda password: hmac.compare_digest(scrypt(password), digest)
 
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
-    """Return True unless a hash has this service's own format with at least this many iterations."""
+    """Return True if a hash has another format than new ones, or fewer iterations."""
     match = re.fullmatch(_HASH_FORMATS[0][0], password_hash)
     return match is None or int(match["iterations"]) < iterations
 
@@ -213,7 +213,7 @@ class Busy(Unavailable):
 
 
 class WouldBlock(BaseException):
-    """The call has to wait, in a thread that must not. Not an Exception, so that nothing but the server catches it."""
+    """The call would have to wait, but this thread must not. Not an Exception: only the server shall catch it."""
 
 
 class _ThisThread(threading.local):
@@ -254,7 +254,7 @@ class Database:
     _held: Sequence[_Slot] = ()
 
     def open(self, path: str) -> None:
-        """Store the absolute path; open nothing yet. Raise ValueError for what is not a file."""
+        """Store the absolute path; open nothing yet. Raise ValueError if it is not the path of a file."""
         if not path or path == ":memory:":
             raise ValueError("the database must be a file, because a database in memory is lost with its connection")
         if "://" in path:
@@ -262,7 +262,7 @@ class Database:
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
         self.location = os.path.realpath(path)
         self.created_table = False
-        # The device and inode of the file, once it was opened, and of the -wal file in use; when that was last checked.
+        # Which file and which -wal file are open (device and inode), and when the latter was last checked.
         self._file: tuple[int, int] | None = None
         self._wal: tuple[int, int] | None = None
         self._wal_checked = 0.0
@@ -289,7 +289,7 @@ class Database:
             self.check_files()
             # As a context manager, the connection rolls back what was not committed.
             with slot.connection or self._connect(slot) as connection:
-                # Immediate, because a transaction that starts as a read fails at once if it cannot write.
+                # Immediate, because a transaction that reads first does not wait for the write lock: it fails.
                 _execute(connection, "BEGIN IMMEDIATE", wait=deadline - time.monotonic())
                 yield connection
                 _execute(connection, "COMMIT")
@@ -371,7 +371,7 @@ class Database:
         """Open the file, and create the file and the table if there are none. Raise sqlite3.Error, Unavailable."""
         self.check_files()
         if not os.path.exists(self.location):
-            # First, so that no empty file is left if it fails.
+            # If schema.sql is missing, fail before an empty file is created.
             read_schema()
             with contextlib.suppress(OSError):
                 # Left open, because closing it drops this process's locks (sqlite.org/howtocorrupt.html).
@@ -383,7 +383,7 @@ class Database:
         connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
         connection.text_factory = bytes
         try:
-            # This fails while another process uses the file in another mode; then the mode stays as it is.
+            # Another process that is using the file can prevent the change. Then the old mode stays.
             with contextlib.suppress(sqlite3.OperationalError):
                 _execute(connection, "PRAGMA journal_mode = WAL", wait=WAL_TIMEOUT).fetchall()
             # In WAL mode, sync every commit.
@@ -502,7 +502,7 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
     conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
-    # A page that is not full is the last: a search would scan the table again to find that out.
+    # A page that is not full is the last one. Looking for more would make a search scan the table again.
     # SQLite does not document the order of group_concat over a subquery; in practice it is the subquery's. Joining rows
     # in Python makes lists 1.5 times slower.
     return f"""
@@ -545,7 +545,7 @@ class Users(Database):
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
-        # Before the costly part; the insert itself decides.
+        # This saves a hash. Whether the email is free is decided by the insert.
         if self.find(email):
             raise EmailTaken
         with self._core():
@@ -586,7 +586,7 @@ class Users(Database):
         self._forget_failures(user_id)
 
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
-        """Raise WrongPassword, TooManyAttempts. Hash even if the stored hash cannot be verified."""
+        """Raise WrongPassword, TooManyAttempts. It takes one hash even if the stored one is unusable."""
         with self._failures_lock:
             now = time.monotonic()
             count, last = self._failures.pop(account, (0, now))
@@ -651,7 +651,7 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
     ) -> tuple[bytes, int | None]:
         """Return one page of users as comma-separated JSON objects, and the last id if more follow.
 
-        With `email`, only the user with this email; with `text`, only users with it in a name or the email.
+        With `email`, only the user with this email; with `text`, only users whose names or email contain it.
         """
         parameters = {
             "after": float("inf" if descending else "-inf") if after is None else after,
@@ -780,7 +780,7 @@ _INVISIBLE = (
 )
 _BLANK = re.compile(rf"(?:\s|{_INVISIBLE})*")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
-# Our ETag as sent, or as a compressing proxy changes it: W/ before it (nginx), or -gzip at its end (Apache).
+# Our ETag, or what a compressing proxy makes of it: W/ before it (nginx), or -gzip at its end (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
@@ -865,7 +865,7 @@ def make_entity_tag(user: bytes) -> str:
 
 def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
     """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise HTTPError: 412; NoSuchUser."""
-    # What is answered with 404 without preconditions is with them, too (13.2.1).
+    # A user who does not exist is a 404, whatever the preconditions (13.2.1). Deleting one is not an error.
     if user is None and environ["REQUEST_METHOD"] != "DELETE":
         raise NoSuchUser
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
@@ -900,7 +900,7 @@ def parse_length(text: str) -> int:
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
-    """Read Content-Length bytes, or to the end if the server sets wsgi.input_terminated. Raise as read_object does."""
+    """Read Content-Length bytes, or all if the server sets wsgi.input_terminated. Raise HTTPError: 400, 411, 413."""
     is_terminated, is_chunked = environ.get("wsgi.input_terminated", False), "HTTP_TRANSFER_ENCODING" in environ
     if is_chunked and not is_terminated:
         raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
@@ -1006,7 +1006,7 @@ def reset_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Resp
 
 
 def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with the user's id, or 403: not 401, which asks for another token (RFC 9110 15.5.2)."""
+    """Return 200 with the user's id, or 403. 401 would ask for another token (RFC 9110 15.5.2)."""
     return 200, to_json({"id": users.verify(**check_fields(read_object(environ), ("email", "password")))}), (JSON,)
 
 
@@ -1066,7 +1066,7 @@ def _url(environ: WSGIEnvironment, rest: str = "") -> str:
 
 
 # -- application -------------------------------------------------------------------------------------------------------
-# The WSGI callable (PEP 3333), and the one table from exceptions to responses, which the server uses, too.
+# The WSGI callable (PEP 3333), and one table of the response to each exception, also for the server.
 
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     EmailTaken: (400, "This email is already registered"),
@@ -1406,6 +1406,8 @@ class Server(WSGIServer):
                 # resume() would take an OSError for a lost connection, which is not logged.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
+            # Otherwise a worker without a job would keep the body of its last request.
+            del function, connection, result
             # The socket may be closed. If it is full, the I/O thread wakes up anyway.
             with contextlib.suppress(OSError):
                 self._waker.send(b"\0")
