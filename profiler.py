@@ -91,13 +91,16 @@ MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
 BATCH = 500  # users read at once for the list, or on a page without a limit
 
+# \d would match other digits, too. int() takes at most 4,300 digits.
+DIGITS = re.compile("[0-9]{1,4000}")
+
 
 def parse_number(text: str, name: str, low: int, high: int) -> int:
     """Return the number in a setting or a parameter. Raise ValueError."""
-    # \d would match other digits, too. int() takes at most 4,300 digits.
-    if not re.fullmatch("[0-9]{1,4000}", text) or not low <= int(text) <= high:
+    number = int(text) if DIGITS.fullmatch(text) else low - 1
+    if not low <= number <= high:
         raise ValueError(f"{name} must be a number from {low} to {high}")
-    return int(text)
+    return number
 
 
 # -- passwords ---------------------------------------------------------------------------------------------------------
@@ -502,19 +505,20 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
     conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
-    # A page that is not full is the last one. Looking for more would make a search scan the table again.
+    # After a search that reached the last user, looking for more would scan the table again.
+    may_have_more = "count(*) = :limit" if by_text else "TRUE"
     # SQLite does not document the order of group_concat over a subquery; in practice it is the subquery's. Joining rows
     # in Python makes lists 1.5 times slower.
     return f"""
 WITH page AS (
-    SELECT group_concat(user, ',') AS users, {last}(id) AS last, count(*) = :limit AS is_full
+    SELECT group_concat(user, ',') AS users, {last}(id) AS last, {may_have_more} AS may_have_more
     FROM (
         SELECT id, {_USER} AS user FROM "user"
         WHERE id {beyond} :after {conditions}
         ORDER BY id {order} LIMIT :limit
     )
 )
-SELECT users, last, is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
+SELECT users, last, may_have_more AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions}) FROM page
 """
 
 
@@ -894,7 +898,7 @@ def _matches(field: str, user: bytes | None) -> bool:
 
 def parse_length(text: str) -> int:
     """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
-    if not re.fullmatch("[0-9]{1,4000}", text):
+    if not DIGITS.fullmatch(text):
         raise HTTPError(400, "Content-Length must be a number in decimal digits")
     return int(text)
 
