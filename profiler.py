@@ -1,16 +1,11 @@
 #!/usr/bin/env python3
 """User accounts over HTTP: a WSGI service on one SQLite file, in one module without dependencies.
 
-    POST    /users/                     create a user                      201 {"id":1}
-    GET     /users/                     list, page, filter                 200 [{...},...]
-    GET     /users/ID/                  get one user                       200 {...}
-    PUT     /users/ID/                  update a user's names and email    200 {"id":1}
-    PATCH   /users/ID/                  update some of these fields        200 {"id":1}
-    DELETE  /users/ID/                  delete a user                      204
-    PUT     /users/ID/password/         change a password                  204
-    PUT     /users/ID/password/reset/   replace a forgotten password       204
-    POST    /users/verify/              verify an email and a password     200 {"id":1}
-    GET     /health/                    check that users can be read       200 {"status":"ok"}
+    GET, POST                  /users/                      list, page and search; create or import
+    GET, PUT, PATCH, DELETE    /users/ID/                   get, update and delete a user
+    PUT                        /users/ID/password/          change a password; below it, reset/ replaces a forgotten one
+    POST                       /users/verify/               verify an email and a password
+    GET                        /health/                     check that users can be read
 
 Run:    `python profiler.py` serves http://127.0.0.1:5000/ on ./db.sqlite3. See `--help` for all options.
 Embed:  `profiler:application` is a WSGI callable; `create_app()` returns one for another database.
