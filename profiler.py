@@ -1673,9 +1673,7 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
     add("--port", help=f"the port to listen on; 0 picks a free one (PROFILER_PORT, else PORT; default: {PORT})")
     add("--database", help=f"{database} (PROFILER_DATABASE; default: {DATABASE})")
     add("--token-file", metavar="PATH", help="require a token of this file, one per line (PROFILER_TOKEN: the token)")
-    add(
-        "--anonymous", action="store_true", default=None, help="serve everybody, without a token (PROFILER_ANONYMOUS=1)"
-    )
+    add("--anonymous", action="store_true", default=None, help="serve without a token (PROFILER_ANONYMOUS=1)")
     add("--iterations", type=int, help=f"of PBKDF2 for new passwords (PROFILER_ITERATIONS; default: {ITERATIONS})")
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
