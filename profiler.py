@@ -316,7 +316,7 @@ class Database:
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
             if os.path.lexists(path) or path == f"{self.location}-journal":
-                raise FileExistsError("choose another name, this one exists or is SQLite's")
+                raise FileExistsError("choose another name: this file exists, or SQLite would use it")
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -334,7 +334,8 @@ class Database:
             os.fsync(folder)
             os.close(folder)
         except (OSError, sqlite3.Error) as error:
-            raise OSError(f"cannot copy {self.location} to {path}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"cannot copy {self.location} to {path}: {reason}") from None
         finally:
             slot.close()
             for leftover in (part, part + "-journal"):
@@ -1092,7 +1093,9 @@ class Application:
         self.users, self.anonymous = users, anonymous
         self.tokens = [] if token is None else [part.encode() for part in token.split()]
         if token is not None and not (self.tokens and all(map(_TOKEN.fullmatch, token.split()))):
-            raise ValueError(f"a token must be at least {MIN_TOKEN} characters of visible ASCII, without spaces")
+            raise ValueError(
+                f"tokens (--token-file, PROFILER_TOKEN) must be at least {MIN_TOKEN} characters of visible ASCII"
+            )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
