@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     # Status, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
     Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
-    # A write calls it in its transaction, with the user as JSON or None. If it raises, nothing is written.
+    # A write calls it inside its transaction, with the user as JSON or None. If it raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
     Path = Union[str, bytes, os.PathLike[str]]
     Steps = Generator[Any, Any, Any]
@@ -172,7 +172,7 @@ def parse_hash(password_hash: str) -> Callable[[bytes], bool] | None:
 
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
-    """Return True if a hash has another format than new ones, or fewer iterations."""
+    """Return True if a hash has another format than ours, or fewer iterations."""
     match = re.fullmatch(_HASH_FORMATS[0][0], password_hash)
     return match is None or int(match["iterations"]) < iterations
 
@@ -211,7 +211,7 @@ class Busy(Unavailable):
 
 
 class WouldBlock(BaseException):
-    """The call would have to wait, but this thread must not. Not an Exception: only the server shall catch it."""
+    """The call would have to wait, but this thread must not. Not an Exception: only the server may catch it."""
 
 
 class _ThisThread(threading.local):
@@ -232,7 +232,7 @@ class _Slot:
         self.connection: sqlite3.Connection | None = None
 
     def wait(self) -> None:
-        """Wait for the lock. Raise Busy, WouldBlock."""
+        """Wait for the lock. Raise Busy; WouldBlock if this thread must not wait."""
         if not this_thread.may_wait:
             raise WouldBlock
         if not self.lock.acquire(timeout=BUSY_TIMEOUT):
@@ -250,6 +250,7 @@ class Database:
 
     _slots: Sequence[_Slot] = ()
     _held: Sequence[_Slot] = ()
+    _inherited: Sequence[_Slot] = ()
 
     def open(self, path: str) -> None:
         """Store the absolute path; open nothing yet. Raise ValueError if it is not the path of a file."""
@@ -280,7 +281,7 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the write lock; commit at the end of the block, roll back if it raises. Raise Busy, Unavailable."""
+        """Hold the write lock; commit at the end of the block, or roll back if it raises. Raise as read does."""
         slot, deadline = self._writer, time.monotonic() + BUSY_TIMEOUT
         slot.wait()
         try:
@@ -356,14 +357,14 @@ class Database:
             slot.close()
 
     def after_fork_in_parent(self) -> None:
-        """Continue in the parent process."""
+        """Release the locks in the parent."""
         for slot in self._held:
             slot.lock.release()
 
     def reset_locks(self) -> None:
-        """Create the locks. Again in a forked child, where the threads that held them do not exist."""
+        """Create the locks. A forked child needs new ones: the threads that held them do not exist there."""
         # A parent's connection that was busy must never be closed here, not even by the garbage collector.
-        self._inherited = self._slots
+        self._inherited = [*self._inherited, *self._slots]
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def _connect(self, slot: _Slot) -> sqlite3.Connection:
@@ -461,7 +462,7 @@ def _identify(path: str) -> tuple[int, int] | None:
 # The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
-MAX_WAITING = 64  # requests per core that hash or wait for it: more could not be hashed in time
+MAX_WAITING = 128  # requests that hash or wait for a core: half of the server's WORKERS
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
@@ -528,7 +529,7 @@ class Users(Database):
         if iterations is None:
             iterations = os.environ.get("PROFILER_ITERATIONS") or ITERATIONS
         self.iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
-        # Verified when there is no user or no usable hash, so that every attempt takes equally long.
+        # Verified when there is no user or no usable hash, so that this takes as long as a wrong password.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self.open(os.fsdecode(database))
         self.reset_locks()
@@ -538,14 +539,14 @@ class Users(Database):
         """Create the locks, and start counting anew."""
         super().reset_locks()
         self._cores = threading.BoundedSemaphore(count_cores())
-        self._places = threading.BoundedSemaphore(count_cores() * MAX_WAITING)
+        self._places = threading.BoundedSemaphore(MAX_WAITING)
         # The number and the time of the last wrong passwords of an account, least recent first.
         self._failures: dict[int | bytes, tuple[int, float]] = {}
         self._failures_lock = threading.Lock()
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
-        # This saves a hash. Whether the email is free is decided by the insert.
+        # This saves a hash. The insert decides whether the email is free.
         if self.find(email):
             raise EmailTaken
         with self._core():
@@ -556,7 +557,7 @@ class Users(Database):
         """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
         user_id, password_hash = self.find(email) or (None, self._dummy_hash)
         with self._core():
-            # Of bytes, lower() changes ASCII letters only, as SQLite's NOCASE does.
+            # bytes.lower() changes ASCII letters only, as SQLite's NOCASE does.
             self._check_password(email.encode().lower() if user_id is None else user_id, password_hash, password)
             new_hash = hash_password(password, self.iterations) if needs_rehash(password_hash, self.iterations) else ""
         if user_id is None:
@@ -802,7 +803,7 @@ def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[by
     status, body, extra = response
     if isinstance(body, bytes):
         return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
-    # hypercorn sends no head before the first part.
+    # hypercorn sends the head only with the first part.
     return _STATUS_LINES[status], [*_HEADERS, *extra], body or (b"",)
 
 
@@ -1139,7 +1140,7 @@ class Application:
             raise HTTPError(421, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         given = credentials.strip(" ").encode("utf-8", "surrogatepass")
-        # All are compared, for a constant time.
+        # Compare all, in constant time.
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
             challenge = ("WWW-Authenticate", "Bearer")
@@ -1169,7 +1170,7 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer as create() does. For an invalid setting, raise ValueError: servers answer 500 and log it."""
-        # setdefault is atomic: concurrent first requests may create several, which opens nothing, but all use the same.
+        # Concurrent first requests may create several, which opens nothing. All use the same: setdefault is atomic.
         return (created.get("") or created.setdefault("", create()))(environ, start_response)
 
     return application
@@ -1209,7 +1210,7 @@ _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 # RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which overrides Host (3.2.2).
 _TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
-_REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
+REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # Any beginning of a request line. An empty line may precede it (RFC 9112 2.2).
 _REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
@@ -1269,7 +1270,7 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
         if not _REQUEST_START.fullmatch(text):
             raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
         return {}, None
-    match = _REQUEST_LINE.fullmatch(text)
+    match = REQUEST_LINE.fullmatch(text)
     if not match:
         raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`")
     method, authority, target, protocol = match.groups()
@@ -1279,7 +1280,7 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
         raise HTTPError(400, "The request target must be a path")
     path, _, query = target.partition("?")
     environ = {"REQUEST_METHOD": method, "SERVER_PROTOCOL": protocol, "QUERY_STRING": query}
-    environ["PATH_INFO"] = unquote(path, "latin-1")
+    environ["PATH_INFO"] = unquote(path or "/", "latin-1")
     return environ, authority
 
 
@@ -1307,6 +1308,7 @@ SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
+ACCEPT_PAUSE = 0.01  # when no connection can be accepted
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 WORKERS = 256  # threads at most: most of them wait for a core or a lock
@@ -1316,7 +1318,7 @@ RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written; then new ones are dropped
 MAX_LOGGED = 512  # bytes of a request line in the log
 
-_CLOSE = re.compile(r"(^|,)\s*close\s*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
+_CLOSE = re.compile(r"(^|,)[ \t]*close[ \t]*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
 _READ, _WRITE, _NOTHING = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
 
@@ -1405,12 +1407,12 @@ class Server(WSGIServer):
             try:
                 result = function()
             except Exception as error:
-                # resume() would take an OSError for a lost connection, which is not logged.
+                # resume() treats an OSError as a lost connection, and logs nothing.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
-            # Otherwise a worker without a job would keep the body of its last request.
-            del function, connection, result
-            # The socket may be closed. If it is full, the I/O thread wakes up anyway.
+            # Otherwise a worker without a job would keep its last connection and the body of the request.
+            del this_thread.is_abandoned, function, connection, result
+            # The socket may be closed. If its buffer is full, the I/O thread wakes up anyway.
             with contextlib.suppress(OSError):
                 self._waker.send(b"\0")
 
@@ -1423,7 +1425,7 @@ class Server(WSGIServer):
 
     def _serve_round(self) -> None:
         """Wait for events and resume the connections that they are for, or whose deadline has passed."""
-        # Not forever, because a signal that arrives right before the wait is handled only after it.
+        # Not forever, because a signal right before the wait is handled only after it.
         for key, _ in self.selector.select(CHECK_INTERVAL):
             key.data()
         now = time.monotonic()
@@ -1434,20 +1436,27 @@ class Server(WSGIServer):
 
     def _accept(self) -> None:
         """Accept a connection; at the limit, close the one that has been idle longest."""
-        is_full = len(self.connections) >= self.max_connections
         try:
             connection, address = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            # The client has gone.
+            return
         except OSError:
-            # No file descriptor is left, or the client has gone.
-            connection, is_full = None, True
-        if is_full and self.idle:
-            next(iter(self.idle)).close()
-            is_full = False
-        if connection and is_full:
+            # No file descriptor is left.
+            if not self._close_idle():
+                time.sleep(ACCEPT_PAUSE)
+            return
+        if len(self.connections) >= self.max_connections and not self._close_idle():
             connection.close()
-        elif connection:
+        else:
             connection.setblocking(False)
             Connection(self, connection, address[0])
+
+    def _close_idle(self) -> bool:
+        connection = next(iter(self.idle), None)
+        if connection:
+            connection.close()
+        return connection is not None
 
 
 class Connection:
@@ -1518,14 +1527,7 @@ class Connection:
                 del self.server.idle[self]
                 if not self.received:
                     return
-            try:
-                environ = yield from self._receive_request()
-                status, headers, body = yield from self._run_application(environ)
-            except (HTTPError, Unavailable, socket.timeout) as error:
-                self.is_last = True
-                status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
-                body = (b"",) if self.head.startswith(b"HEAD ") else body
-            yield from self._send_response(status, headers, body)
+            yield from self._answer_request()
         # Read until the client closes: closing with unread input may lose the response (RFC 9112 9.6).
         self.socket.shutdown(socket.SHUT_WR)
         end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
@@ -1533,14 +1535,26 @@ class Connection:
             self.deadline, self.received = min(end, time.monotonic() + LINGER_TIMEOUT), b""
             yield from self._receive()
 
+    def _answer_request(self) -> Steps:
+        """Receive a request and send its response. Raise OSError."""
+        try:
+            environ = yield from self._receive_request()
+            status, headers, body = yield from self._run_application(environ)
+        except (HTTPError, Unavailable, socket.timeout) as error:
+            self.is_last = True
+            status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
+            body = (b"",) if self.head.startswith(b"HEAD ") else body
+        yield from self._send_response(status, headers, body)
+
     def _receive_request(self) -> Steps:
         """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
         self.deadline = time.monotonic() + HEAD_TIMEOUT
         while not (end := HEAD_END.search(self.received)):
-            self.head = self.received
-            parse_request_line(self.head)
+            self.head = self.received.removeprefix(b"\r\n")
+            parse_request_line(self.received)
             yield from self._receive("The head ends before its empty line")
-        self.head, self.received = self.received[: end.end()], self.received[end.end() :]
+        self.head = self.received[: end.end()].removeprefix(b"\r\n")
+        self.received = self.received[end.end() :]
         environ = {**self.server.base_environ, **parse_head(self.head), "REMOTE_ADDR": self.client}
         length = int(environ["CONTENT_LENGTH"] or 0)
         if length > MAX_BODY:
@@ -1614,9 +1628,10 @@ class Connection:
             raise
         finally:
             if self.server.access_log:
-                # In Common Log Format, without control characters.
-                line, _, _ = self.head.strip().partition(b"\r\n")
-                text = line[:MAX_LOGGED].decode("latin-1").encode("unicode_escape").decode().replace('"', '\\"')
+                # In Common Log Format, without control characters. What is no request line may contain a password.
+                line = self.head.partition(b"\n")[0].decode("latin-1")
+                text = line[:MAX_LOGGED].rstrip("\r") if REQUEST_LINE.fullmatch(line) else ""
+                text = text.encode("unicode_escape").decode().replace('"', '\\"')
                 self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
 
 
@@ -1696,7 +1711,7 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]) -> None:
     """Run the command of the arguments on a storage. Exit as main does."""
-    # It is None if the caller has closed the descriptor.
+    # sys.stderr is None if the caller has closed the descriptor.
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     arguments = parser.parse_args(argv)
     try:
@@ -1717,7 +1732,7 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     environ = os.environ.get
     own_port = environ("PROFILER_PORT", "")
-    # Kubernetes sets it so for a Service named "profiler".
+    # Kubernetes sets PROFILER_PORT=tcp://... for a Service named "profiler".
     if own_port.startswith("tcp://"):
         own_port = ""
     port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
