@@ -301,12 +301,12 @@ class Database:
     def check_files(self) -> None:
         """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted."""
         # SQLite would create a new, empty file, and changes to a deleted file are lost.
-        is_gone = self._file not in (None, _identify(self.location))
+        is_gone = self._file is not None and self._file != _identify(self.location)
         wal, now = self.location + "-wal", time.monotonic()
         # Not at every write: on recent Linux, a write that follows a stat of its file takes 40 us longer to sync.
         if now > self._wal_checked + WAL_CHECK_INTERVAL or not os.access(wal, os.F_OK):
             is_open = any(slot.connection for slot in self._slots)
-            is_gone = is_gone or (is_open and self._wal not in (None, _identify(wal)))
+            is_gone = is_gone or (is_open and self._wal is not None and self._wal != _identify(wal))
             self._wal_checked = self._wal_checked if is_gone else now
         if is_gone:
             raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
@@ -1311,11 +1311,11 @@ CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
-WORKERS = 256  # threads at most: most of them wait for a core or a lock
-MAX_CONNECTIONS = 20_000  # if the limit of open files allows
+WORKERS = 256  # threads at most
+MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 RECEIVE_SIZE = 64 * 1024  # bytes per read
-MAX_PENDING = 10_000  # log entries that wait to be written; then new ones are dropped
+MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
 
 _CLOSE = re.compile(r"(^|,)[ \t]*close[ \t]*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
@@ -1326,8 +1326,8 @@ _READ, _WRITE, _NOTHING = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
 class Server(WSGIServer):
     """An HTTP/1.1 server for an Application, in one process."""
 
-    application: Application  # set by set_app
-    request_queue_size = 1024  # connections that wait to be accepted; the system may allow fewer
+    application: Application
+    request_queue_size = 1024  # connections that wait to be accepted
 
     def __init__(self, family: int, address: Any, app: Application, access_log: bool = True) -> None:
         """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
