@@ -1340,8 +1340,7 @@ class Server(WSGIServer):
         self.idle: dict[Connection, None] = {}
         # Windows has no such limit, and -1 stands for none.
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        limit = MAX_CONNECTIONS if files < 0 else files - RESERVED_FILES
-        self.max_connections = max(1, min(MAX_CONNECTIONS, limit))
+        self.max_connections = MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
@@ -1730,13 +1729,12 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, sto
 
 def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
-    environ = os.environ.get
-    own_port = environ("PROFILER_PORT", "")
+    own_port = os.environ.get("PROFILER_PORT", "")
     # Kubernetes sets PROFILER_PORT=tcp://... for a Service named "profiler".
     if own_port.startswith("tcp://"):
         own_port = ""
-    port = parse_number(arguments.port or own_port or environ("PORT") or str(PORT), "port", 0, 65535)
-    host = arguments.host or environ("PROFILER_HOST") or HOST
+    port = parse_number(arguments.port or own_port or os.environ.get("PORT") or str(PORT), "port", 0, 65535)
+    host = arguments.host or os.environ.get("PROFILER_HOST") or HOST
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
