@@ -910,8 +910,6 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     try:
         while size <= MAX_BODY and len(body) < limit and (part := environ["wsgi.input"].read(limit - len(body))):
             body += part
-    except socket.timeout:
-        raise
     except Exception:
         # Each server has its own exceptions for a broken body.
         raise HTTPError(400, "The body could not be read to its end") from None
@@ -1466,7 +1464,6 @@ class Connection:
         # Bytes that were received but not used yet, and the head of the current request.
         self.received = self.head = b""
         self.is_last = False
-        self._started: tuple[str, list[tuple[str, str]]] = ("", [])
         self.deadline = float("inf")
         self._events = _NOTHING
         self._steps = self._serve()
@@ -1535,10 +1532,20 @@ class Connection:
             yield from self._receive()
 
     def _answer_request(self) -> Steps:
-        """Receive a request and send its response. Raise OSError."""
+        """Receive a request, run the application and send its response. Raise OSError."""
         try:
             environ = yield from self._receive_request()
-            status, headers, body = yield from self._run_application(environ)
+            run = functools.partial(self.server.application, environ, self._start_response)
+            try:
+                body = run() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else (yield run)
+            except WouldBlock:
+                body = yield run
+            status, headers = self._started
+            is_http_1_1, options = environ["SERVER_PROTOCOL"] == "HTTP/1.1", environ.get("HTTP_CONNECTION", "")
+            if not is_http_1_1 or self.server.stopping or _CLOSE.search(options):
+                self.is_last = True
+            if is_http_1_1 and not isinstance(body, tuple):
+                headers.append(_CHUNKED)
         except (HTTPError, Unavailable, socket.timeout) as error:
             self.is_last = True
             status, headers, body = to_wsgi(error_response(error, self.server.base_environ))
@@ -1587,20 +1594,6 @@ class Connection:
 
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
         self._started = status, headers
-
-    def _run_application(self, environ: WSGIEnvironment) -> Steps:
-        run = functools.partial(self.server.application, environ, self._start_response)
-        try:
-            body = run() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else (yield run)
-        except WouldBlock:
-            body = yield run
-        status, headers = self._started
-        is_http_1_1, options = environ["SERVER_PROTOCOL"] == "HTTP/1.1", environ.get("HTTP_CONNECTION", "")
-        if not is_http_1_1 or self.server.stopping or _CLOSE.search(options):
-            self.is_last = True
-        if is_http_1_1 and not isinstance(body, tuple):
-            headers.append(_CHUNKED)
-        return status, headers, body
 
     def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps:
         """Send a response and log it. If it fails midway, reset the connection, so that it does not look complete."""
