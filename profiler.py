@@ -1724,8 +1724,7 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     """Serve until a signal."""
     own_port = os.environ.get("PROFILER_PORT", "")
     # Kubernetes sets PROFILER_PORT=tcp://... for a Service named "profiler".
-    if own_port.startswith("tcp://"):
-        own_port = ""
+    own_port = "" if own_port.startswith("tcp://") else own_port
     port = parse_number(arguments.port or own_port or os.environ.get("PORT") or str(PORT), "port", 0, 65535)
     host = arguments.host or os.environ.get("PROFILER_HOST") or HOST
     try:
