@@ -257,7 +257,7 @@ class Database:
         if not path or path == ":memory:":
             raise ValueError("the database must be a file, because a database in memory is lost with its connection")
         if "://" in path:
-            raise ValueError("for a database URL, run `python -m profiler_sqlalchemy`, or its application")
+            raise ValueError("a database URL needs `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application")
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
         self.location = os.path.realpath(path)
         self.created_table = False
@@ -941,9 +941,9 @@ def create_user(users: Users, environ: WSGIEnvironment) -> Response:
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 200 with an array of all users, or of those selected by limit, after, sort, email and q."""
-    text = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    query_string = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
     # The last of repeated parameters wins. "+" is literal (RFC 3986).
-    query = dict(parse_qsl(text.replace("+", "%2B"), keep_blank_values=True))
+    query = dict(parse_qsl(query_string.replace("+", "%2B"), keep_blank_values=True))
     try:
         limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT) if "limit" in query else None
         after = parse_number(query["after"], "after", 0, MAX_ID) if "after" in query else None

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-    from profiler import Guard
+    from profiler import Guard, Path
 
     Result = TypeVar("Result")
 
@@ -723,7 +723,7 @@ def _copy_rows(old: _Side, new: _Side, total: int) -> int:
 
 
 def create_app(
-    database: str | bytes | os.PathLike[str] | None = None,
+    database: Path | None = None,
     *,
     iterations: int | None = None,
     token: str | None = None,
@@ -736,9 +736,7 @@ def create_app(
 application = app = profiler.create_on_first_use(create_app)
 
 
-def open_database(
-    database: str | bytes | os.PathLike[str] | None = None, iterations: int | str | None = None
-) -> profiler.Users:
+def open_database(database: Path | None = None, iterations: int | str | None = None) -> profiler.Users:
     """Return the users in the database of a URL or a path, with the defaults of profiler.Users. Raise ValueError."""
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or None

@@ -188,6 +188,11 @@ def test_absolute_target_overrides_host():
     assert profiler.parse_head(head)["HTTP_HOST"] == "evil.example"
 
 
+def test_absolute_target_without_a_path_is_the_root():
+    """RFC 9110 4.2.3."""
+    assert profiler.parse_head(GET.replace(b"/users/", b"http://localhost?a=b"))["PATH_INFO"] == "/"
+
+
 @pytest.mark.parametrize("head", [GET, b"\r\n" + GET, GET.replace(b"/users/", b"http://localhost/users/?a=b%20c")])
 def test_every_beginning_of_a_valid_head_is_accepted(head):
     for end in range(len(head)):

@@ -350,6 +350,10 @@ def test_request_that_waits_too_long_for_a_core_returns_503(busy_cores, slow_has
     assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (503, "1", 1)
 
 
+def test_requests_that_wait_for_a_core_leave_workers_of_the_server_free():
+    assert profiler.MAX_WAITING <= profiler.WORKERS // 2
+
+
 def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash, monkeypatch):
     """Otherwise many logins at once would take all workers of the server, and writes would wait for them."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
