@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""User accounts over HTTP: a WSGI service on one SQLite file, in one module without dependencies.
+"""User accounts over HTTP: a WSGI service on one SQLite file, in one module without
+dependencies.
 
     GET, POST                  /users/                      list, page and search; create or import
     GET, PUT, PATCH, DELETE    /users/ID/                   get, update and delete a user
@@ -7,12 +8,14 @@
     POST                       /users/verify/               verify an email and a password
     GET                        /health/                     check that users can be read
 
-Run:    `python profiler.py` serves http://127.0.0.1:5000/ on ./db.sqlite3. See `--help` for all options.
-Embed:  `profiler:application` is a WSGI callable; `create_app()` returns one for another database.
-Copy:   you only need this file and schema.sql, side by side, and Python 3.9 or later with SQLite 3.27 or later.
+Run:    `python profiler.py` serves http://127.0.0.1:5000/ on ./db.sqlite3. See `--help`
+for all options. Embed:  `profiler:application` is a WSGI callable; `create_app()`
+returns one for another database. Copy:   you only need this file and schema.sql, side
+by side, and Python 3.9 or later with SQLite 3.27 or later.
 
-It keeps accounts and checks passwords. It has no sessions, no roles and sends no email. It reimplements the service of
-"Building REST APIs with Python and Flask", part 2, by Tony J, and keeps its paths, fields, messages, table and file:
+It keeps accounts and checks passwords. It has no sessions, no roles and sends no email.
+It reimplements the service of "Building REST APIs with Python and Flask", part 2, by
+Tony J, and keeps its paths, fields, messages, table and file:
 tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2
 """
 
@@ -62,7 +65,8 @@ if TYPE_CHECKING:
 
     # Status, body, extra headers. A body is bytes, an iterator for a streamed response, or None.
     Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
-    # A write calls it inside its transaction, with the user as JSON or None. If it raises, nothing is written.
+    # A write calls it inside its transaction, with the user as JSON or None. If it
+    # raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
     Path = Union[str, bytes, os.PathLike[str]]
     Steps = Generator[Any, Any, Any]
@@ -70,9 +74,9 @@ if TYPE_CHECKING:
 __all__ = ["app", "application", "create_app", "hash_password", "verify_password"]
 __version__ = "1.2.0"
 
-# -- configuration -----------------------------------------------------------------------------------------------------
-# Defaults, and limits that clients and operators meet. Other limits are at the head of the section that uses them.
-# Numbers without a source are our own choice.
+# -- configuration ---------------------------------------------------------------------
+# Defaults, and limits that clients and operators meet. Other limits are at the head of
+# the section that uses them. Numbers without a source are our own choice.
 
 HOST, PORT = "127.0.0.1", 5000  # Flask's defaults, as in the tutorial
 DATABASE = "db.sqlite3"  # the tutorial's file
@@ -98,8 +102,9 @@ def parse_number(text: str, name: str, low: int, high: int) -> int:
     return number
 
 
-# -- passwords ---------------------------------------------------------------------------------------------------------
-# A hash names its own algorithm and cost. New hashes use Werkzeug's PBKDF2 format; others can be verified, too.
+# -- passwords -------------------------------------------------------------------------
+# A hash names its own algorithm and cost. New hashes use Werkzeug's PBKDF2 format;
+# others can be verified, too.
 
 MAX_ITERATIONS = 10_000_000  # about 2-3 s on one core
 MAX_SCRYPT_COST = 2**20  # n * r * p, 128 MiB: the costliest setting that OWASP lists (2**17, 8, 1)
@@ -118,16 +123,34 @@ def _decode(text: str) -> bytes:
 # Each format: a pattern for the whole hash, and how its salt and its digest are decoded.
 _HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]], ...] = (
     # In this order: this service and Werkzeug, Werkzeug, Django, Django, passlib.
-    (rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})", str.encode, bytes.fromhex),
+    (
+        rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})",
+        str.encode,
+        bytes.fromhex,
+    ),
     (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
-    (rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)", str.encode, a2b_base64),
-    (rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)", str.encode, a2b_base64),
-    (rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)\$(?P<digest>[0-9A-Za-z./]{{43}})", _decode, _decode),
+    (
+        rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)",
+        str.encode,
+        a2b_base64,
+    ),
+    (
+        rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)",
+        str.encode,
+        a2b_base64,
+    ),
+    (
+        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)\$(?P<digest>[0-9A-Za-z./]{{43}})",
+        _decode,
+        _decode,
+    ),
 )
 
 
 def hash_password(password: str, iterations: int = ITERATIONS) -> str:
-    """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`. Raise ValueError for NUL, a lone surrogate, wrong iterations."""
+    """Return `pbkdf2:sha256:ITERATIONS$SALT$DIGEST`. Raise ValueError for NUL, a lone
+    surrogate, wrong iterations.
+    """
     iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
     salt = os.urandom(SALT_BYTES).hex()
     digest = pbkdf2_hmac("sha256", _encode(password), salt.encode(), iterations)
@@ -135,7 +158,9 @@ def hash_password(password: str, iterations: int = ITERATIONS) -> str:
 
 
 def verify_password(password_hash: str, password: str) -> bool:
-    """Return True if the password matches the hash. A malformed, unsupported or too costly hash matches none."""
+    """Return True if the password matches the hash. A malformed, unsupported or too
+    costly hash matches none.
+    """
     matches = parse_hash(str(password_hash))
     try:
         # Other programs may have hashed the password without normalising it.
@@ -146,7 +171,9 @@ def verify_password(password_hash: str, password: str) -> bool:
 
 
 def parse_hash(password_hash: str) -> Callable[[bytes], bool] | None:
-    """Return a function that checks a password in UTF-8, or None if this hash cannot be verified here."""
+    """Return a function that checks a password in UTF-8, or None if this hash cannot be
+    verified here.
+    """
     try:
         for pattern, decode_salt, decode_digest in _HASH_FORMATS:
             if match := re.fullmatch(pattern, password_hash):
@@ -160,14 +187,19 @@ def parse_hash(password_hash: str) -> Callable[[bytes], bool] | None:
         iterations = int(match["iterations"])
         if iterations > MAX_ITERATIONS:
             return None
-        return lambda password: hmac.compare_digest(pbkdf2_hmac("sha256", password, salt, iterations), digest)
+        return lambda password: hmac.compare_digest(
+            pbkdf2_hmac("sha256", password, salt, iterations), digest
+        )
     n, r, p = int(match["n"]), int(match["r"]), int(match["p"])
-    # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of Python have no scrypt.
+    # n must be a power of two and less than 2**(16 * r) (RFC 7914 2). Some builds of
+    # Python have no scrypt.
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
         return None
     # OpenSSL needs this many bytes.
-    scrypt = functools.partial(hashlib.scrypt, salt=salt, n=n, r=r, p=p, maxmem=128 * r * (n + p + 3))
+    scrypt = functools.partial(
+        hashlib.scrypt, salt=salt, n=n, r=r, p=p, maxmem=128 * r * (n + p + 3)
+    )
     return lambda password: hmac.compare_digest(scrypt(password), digest)
 
 
@@ -178,18 +210,24 @@ def needs_rehash(password_hash: str, iterations: int) -> bool:
 
 
 def _encode(password: str) -> bytes:
-    """Return the bytes to hash: UTF-8, normalised to NFC (NIST SP 800-63B 5.1.1.2, RFC 8265 4.2). Raise ValueError."""
+    """Return the bytes to hash: UTF-8, normalised to NFC (NIST SP 800-63B 5.1.1.2, RFC
+    8265 4.2). Raise ValueError.
+    """
     if "\0" in password:
-        raise ValueError("a password must not contain NUL: HMAC ignores NULs at the end of its key")
+        raise ValueError(
+            "a password must not contain NUL: HMAC ignores NULs at the end of its key"
+        )
     return unicodedata.normalize("NFC", password).encode()
 
 
-# -- database ----------------------------------------------------------------------------------------------------------
-# One SQLite file. Theory of operation: the threads of a process share one connection for reads, one for searches and
-# one for writes, each with a lock. SQLite releases the GIL on every call, so more connections only add contention. No
-# transaction stays open after a read. Writes are short transactions that take the write lock first (BEGIN IMMEDIATE).
-# A thread that must not wait, the server's I/O thread, gets WouldBlock instead. Before a fork the connections are
-# closed, and both processes open new ones. Text is returned as bytes, because it goes straight into responses.
+# -- database --------------------------------------------------------------------------
+# One SQLite file. Theory of operation: the threads of a process share one connection
+# for reads, one for searches and one for writes, each with a lock. SQLite releases the
+# GIL on every call, so more connections only add contention. No transaction stays open
+# after a read. Writes are short transactions that take the write lock first (BEGIN
+# IMMEDIATE). A thread that must not wait, the server's I/O thread, gets WouldBlock
+# instead. Before a fork the connections are closed, and both processes open new ones.
+# Text is returned as bytes, because it goes straight into responses.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock that another process holds
@@ -211,7 +249,9 @@ class Busy(Unavailable):
 
 
 class WouldBlock(BaseException):
-    """The call would have to wait, but this thread must not. Not an Exception: only the server may catch it."""
+    """The call would have to wait, but this thread must not. Not an Exception: only the
+    server may catch it.
+    """
 
 
 class _ThisThread(threading.local):
@@ -246,33 +286,46 @@ class _Slot:
 
 
 class Database:
-    """One SQLite file, created on first use. Threads and, after a fork, processes may share the object."""
+    """One SQLite file, created on first use. Threads and, after a fork, processes may
+    share the object.
+    """
 
     _slots: Sequence[_Slot] = ()
     _held: Sequence[_Slot] = ()
     _inherited: Sequence[_Slot] = ()
 
     def open(self, path: str) -> None:
-        """Store the absolute path; open nothing yet. Raise ValueError if it is not the path of a file."""
+        """Store the absolute path; open nothing yet. Raise ValueError if it is not the
+        path of a file.
+        """
         if not path or path == ":memory:":
-            raise ValueError("the database must be a file, because a database in memory is lost with its connection")
+            raise ValueError(
+                "the database must be a file, because a database in memory is lost with its connection"
+            )
         if "://" in path:
-            raise ValueError("a database URL needs `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application")
+            raise ValueError(
+                "a database URL needs `python -m profiler_sqlalchemy` or profiler_sqlalchemy:application"
+            )
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link to it.
         self.location = os.path.realpath(path)
         self.created_table = False
-        # Which file and which -wal file are open (device and inode), and when the latter was last checked.
+        # Which file and which -wal file are open (device and inode), and when the
+        # latter was last checked.
         self._file: tuple[int, int] | None = None
         self._wal: tuple[int, int] | None = None
         self._wal_checked = 0.0
 
     def read(self, statement: str, parameters: Any = (), slow: bool = False) -> list[Any]:
-        """Return all rows of a SELECT. A slow one has its own connection. Raise Busy, Unavailable, WouldBlock."""
+        """Return all rows of a SELECT. A slow one has its own connection. Raise Busy,
+        Unavailable, WouldBlock.
+        """
         slot = self._searcher if slow else self._reader
         if slow or not slot.lock.acquire(False):
             slot.wait()
         try:
-            return _execute(slot.connection or self._connect(slot), statement, parameters).fetchall()
+            return _execute(
+                slot.connection or self._connect(slot), statement, parameters
+            ).fetchall()
         except sqlite3.Error as error:
             slot.close()
             raise self._translate(error) from None
@@ -281,14 +334,17 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the write lock; commit at the end of the block, or roll back if it raises. Raise as read does."""
+        """Hold the write lock; commit at the end of the block, or roll back if it
+        raises. Raise as read does.
+        """
         slot, deadline = self._writer, time.monotonic() + BUSY_TIMEOUT
         slot.wait()
         try:
             self.check_files()
             # As a context manager, the connection rolls back what was not committed.
             with slot.connection or self._connect(slot) as connection:
-                # Immediate, because a transaction that reads first does not wait for the write lock: it fails.
+                # Immediate, because a transaction that reads first does not wait for
+                # the write lock: it fails.
                 _execute(connection, "BEGIN IMMEDIATE", wait=deadline - time.monotonic())
                 yield connection
                 _execute(connection, "COMMIT")
@@ -299,25 +355,36 @@ class Database:
             slot.lock.release()
 
     def check_files(self) -> None:
-        """Raise Unavailable if the file, or the -wal file in use, was moved, replaced or deleted."""
+        """Raise Unavailable if the file, or the -wal file in use, was moved, replaced
+        or deleted.
+        """
         # SQLite would create a new, empty file, and changes to a deleted file are lost.
         is_gone = self._file is not None and self._file != _identify(self.location)
         wal, now = self.location + "-wal", time.monotonic()
-        # Not at every write: on recent Linux, a write that follows a stat of its file takes 40 us longer to sync.
+        # Not at every write: on recent Linux, a write that follows a stat of its file
+        # takes 40 us longer to sync.
         if now > self._wal_checked + WAL_CHECK_INTERVAL or not os.access(wal, os.F_OK):
             is_open = any(slot.connection for slot in self._slots)
-            is_gone = is_gone or (is_open and self._wal is not None and self._wal != _identify(wal))
+            is_gone = is_gone or (
+                is_open and self._wal is not None and self._wal != _identify(wal)
+            )
             self._wal_checked = self._wal_checked if is_gone else now
         if is_gone:
-            raise Unavailable("the file or its -wal file was moved, replaced or deleted: put it back, or restart")
+            raise Unavailable(
+                "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
+            )
 
     def backup(self, path: str) -> None:
-        """Copy the database, complete and readable by its owner only, to a new file. Raise OSError, Unavailable."""
+        """Copy the database, complete and readable by its owner only, to a new file.
+        Raise OSError, Unavailable.
+        """
         path = os.path.abspath(path)
         part, slot = f"{path}.{os.urandom(4).hex()}.part", _Slot()
         try:
             if os.path.lexists(path) or path == f"{self.location}-journal":
-                raise FileExistsError("choose another name: this file exists, or SQLite would use it")
+                raise FileExistsError(
+                    "choose another name: this file exists, or SQLite would use it"
+                )
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -362,44 +429,60 @@ class Database:
             slot.lock.release()
 
     def reset_locks(self) -> None:
-        """Create the locks. A forked child needs new ones: the threads that held them do not exist there."""
-        # A parent's connection that was busy must never be closed here, not even by the garbage collector.
+        """Create the locks. A forked child needs new ones: the threads that held them
+        do not exist there.
+        """
+        # A parent's connection that was busy must never be closed here, not even by the
+        # garbage collector.
         self._inherited = [*self._inherited, *self._slots]
         self._slots = self._reader, self._searcher, self._writer = _Slot(), _Slot(), _Slot()
 
     def _connect(self, slot: _Slot) -> sqlite3.Connection:
-        """Open the file, and create the file and the table if there are none. Raise sqlite3.Error, Unavailable."""
+        """Open the file, and create the file and the table if there are none. Raise
+        sqlite3.Error, Unavailable.
+        """
         self.check_files()
         if not os.path.exists(self.location):
             # If schema.sql is missing, fail before an empty file is created.
             read_schema()
             with contextlib.suppress(OSError):
-                # Left open, because closing it drops this process's locks (sqlite.org/howtocorrupt.html).
+                # Left open, because closing it drops this process's locks
+                # (sqlite.org/howtocorrupt.html).
                 os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         elif 0 < os.path.getsize(self.location) < MIN_DATABASE:
             # SQLite would overwrite it.
             raise sqlite3.DatabaseError("file is not a database")
         uri = f"file:{quote(os.fsencode(self.location))}?mode=rw"
-        connection = sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
+        connection = sqlite3.connect(
+            uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
+        )
         connection.text_factory = bytes
         try:
-            # Another process that is using the file can prevent the change. Then the old mode stays.
+            # Another process that is using the file can prevent the change. Then the
+            # old mode stays.
             with contextlib.suppress(sqlite3.OperationalError):
                 _execute(connection, "PRAGMA journal_mode = WAL", wait=WAL_TIMEOUT).fetchall()
             # In WAL mode, sync every commit.
             _execute(connection, "PRAGMA synchronous = FULL")
-            if not _execute(connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE").fetchall():
+            if not _execute(
+                connection, "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE"
+            ).fetchall():
                 _execute(connection, read_schema())
                 self.created_table = True
         except BaseException:
             connection.close()
             raise
-        self._file, self._wal = self._file or _identify(self.location), _identify(self.location + "-wal")
+        self._file, self._wal = (
+            self._file or _identify(self.location),
+            _identify(self.location + "-wal"),
+        )
         slot.connection = connection
         return connection
 
     def _translate(self, error: sqlite3.Error) -> Exception:
-        """Return Busy or Unavailable for an operational error, others (a bug, a damaged file) unchanged."""
+        """Return Busy or Unavailable for an operational error, others (a bug, a damaged
+        file) unchanged.
+        """
         if not isinstance(error, sqlite3.OperationalError):
             return error
         if "lock" in str(error):
@@ -412,18 +495,25 @@ class Database:
 
 
 def read_schema() -> str:
-    """Return the statement of schema.sql that creates the table of users, and nothing else that may be in it."""
+    """Return the statement of schema.sql that creates the table of users, and nothing
+    else that may be in it.
+    """
     text = read_file("schema.sql").decode()
     match = re.search(r'CREATE TABLE[^(;]*\buser\b"?\s*(\(.*?\)[^();]*);', text, re.I | re.S)
     if not match:
-        raise Unavailable("schema.sql does not create a table of users: copy the one that belongs to profiler.py")
+        raise Unavailable(
+            "schema.sql does not create a table of users: copy the one that belongs to profiler.py"
+        )
     return f'CREATE TABLE IF NOT EXISTS "user" {match[1]}'
 
 
 def read_file(name: str) -> bytes:
-    """Return a file that is installed with this module: next to it, in a wheel or in a zip archive. Raise OSError."""
+    """Return a file that is installed with this module: next to it, in a wheel or in a
+    zip archive. Raise OSError.
+    """
     here = os.path.dirname(__file__)
-    # Scripts and mod_wsgi have no __spec__. Wheels use profiler_users/, where no other package overwrites a file.
+    # Scripts and mod_wsgi have no __spec__. Wheels use profiler_users/, where no other
+    # package overwrites a file.
     spec = globals().get("__spec__")
     for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
         with contextlib.suppress(OSError):
@@ -431,12 +521,19 @@ def read_file(name: str) -> bytes:
                 return bytes(spec.loader.get_data(path))
             with open(path, "rb") as file:
                 return file.read()
-    raise FileNotFoundError(f"{name} is missing: copy it to {os.path.abspath(here)}, next to this module")
+    raise FileNotFoundError(
+        f"{name} is missing: copy it to {os.path.abspath(here)}, next to this module"
+    )
 
 
-def _execute(connection: sqlite3.Connection, statement: str, parameters: Any = (), wait: float = 0) -> sqlite3.Cursor:
-    """Return the cursor. While another process has the lock, retry for `wait` seconds, by default BUSY_TIMEOUT."""
-    # SQLite's busy handler sleeps up to 100 ms between attempts, so it loses to writers that retry more often.
+def _execute(
+    connection: sqlite3.Connection, statement: str, parameters: Any = (), wait: float = 0
+) -> sqlite3.Cursor:
+    """Return the cursor. While another process has the lock, retry for `wait` seconds,
+    by default BUSY_TIMEOUT.
+    """
+    # SQLite's busy handler sleeps up to 100 ms between attempts, so it loses to writers
+    # that retry more often.
     deadline = 0.0
     while True:
         try:
@@ -458,12 +555,14 @@ def _identify(path: str) -> tuple[int, int] | None:
     return None
 
 
-# -- users -------------------------------------------------------------------------------------------------------------
-# The rules of accounts, and the storage. Each method of Users may raise Busy, Unavailable or WouldBlock, too.
+# -- users -----------------------------------------------------------------------------
+# The rules of accounts, and the storage. Each method of Users may raise Busy,
+# Unavailable or WouldBlock, too.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_WAITING = 128  # requests that hash or wait for a core: half of the server's WORKERS
-# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks for a limit of this kind.
+# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures; OWASP ASVS 6.3.1 asks
+# for a limit of this kind.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted
@@ -478,7 +577,9 @@ class NoSuchUser(Exception):
 
 
 class WrongPassword(Exception):
-    """The password is wrong, or no user has the email. The message, if any, is for the operator."""
+    """The password is wrong, or no user has the email. The message, if any, is for the
+    operator.
+    """
 
 
 class TooManyAttempts(Exception):
@@ -489,7 +590,8 @@ class TooManyAttempts(Exception):
         self.retry_after = retry_after
 
 
-# Cast, because another program may have stored anything: json_object takes no BLOB, and created_on may be a number.
+# Cast, because another program may have stored anything: json_object takes no BLOB, and
+# created_on may be a number.
 _USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT), 'last_name', CAST(last_name AS TEXT),
     'email', CAST(email AS TEXT), 'created_on', CAST(created_on AS TEXT))"""
 _PASSWORD = "coalesce(CAST(password AS TEXT), '')"
@@ -501,11 +603,13 @@ _CONTAINS = r"AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCA
 def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     """Return a SELECT of the users on a page, the id of the last one, and whether more follow."""
     beyond, last, order = ("<", "min", "DESC") if descending else (">", "max", "ASC")
-    conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (_CONTAINS if by_text else "")
+    conditions = ("AND email = :email COLLATE NOCASE " if by_email else "") + (
+        _CONTAINS if by_text else ""
+    )
     # After a search that reached the last user, looking for more would scan the table again.
     may_have_more = "count(*) = :limit" if by_text else "TRUE"
-    # SQLite does not document the order of group_concat over a subquery; in practice it is the subquery's. Joining rows
-    # in Python makes lists 1.5 times slower.
+    # SQLite does not document the order of group_concat over a subquery; in practice it
+    # is the subquery's. Joining rows in Python makes lists 1.5 times slower.
     return f"""
 WITH page AS (
     SELECT group_concat(user, ',') AS users, {last}(id) AS last, {may_have_more} AS may_have_more
@@ -520,16 +624,21 @@ SELECT users, last, may_have_more AND EXISTS (SELECT 1 FROM "user" WHERE id {bey
 
 
 class Users(Database):
-    """The users in an SQLite file. SQLite produces the JSON, so that a read builds no objects in Python."""
+    """The users in an SQLite file. SQLite produces the JSON, so that a read builds no
+    objects in Python.
+    """
 
     def __init__(self, database: Path | None = None, iterations: int | str | None = None) -> None:
-        """Open nothing yet. None stands for the setting in the environment, or the default. Raise ValueError."""
+        """Open nothing yet. None stands for the setting in the environment, or the
+        default. Raise ValueError.
+        """
         if database is None:
             database = os.environ.get("PROFILER_DATABASE") or DATABASE
         if iterations is None:
             iterations = os.environ.get("PROFILER_ITERATIONS") or ITERATIONS
         self.iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
-        # Verified when there is no user or no usable hash, so that this takes as long as a wrong password.
+        # Verified when there is no user or no usable hash, so that this takes as long
+        # as a wrong password.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self.open(os.fsdecode(database))
         self.reset_locks()
@@ -554,12 +663,20 @@ class Users(Database):
         return self.insert(first_name, last_name, email, password_hash)
 
     def verify(self, email: str, password: str) -> int:
-        """Return the user's id, and upgrade a weak or foreign hash. Raise WrongPassword, TooManyAttempts."""
+        """Return the user's id, and upgrade a weak or foreign hash. Raise
+        WrongPassword, TooManyAttempts.
+        """
         user_id, password_hash = self.find(email) or (None, self._dummy_hash)
         with self._core():
             # bytes.lower() changes ASCII letters only, as SQLite's NOCASE does.
-            self._check_password(email.encode().lower() if user_id is None else user_id, password_hash, password)
-            new_hash = hash_password(password, self.iterations) if needs_rehash(password_hash, self.iterations) else ""
+            self._check_password(
+                email.encode().lower() if user_id is None else user_id, password_hash, password
+            )
+            new_hash = (
+                hash_password(password, self.iterations)
+                if needs_rehash(password_hash, self.iterations)
+                else ""
+            )
         if user_id is None:
             raise WrongPassword
         if new_hash:
@@ -568,8 +685,12 @@ class Users(Database):
                 self.replace_password_hash(user_id, password_hash, new_hash)
         return user_id
 
-    def change_password(self, user_id: int, old_password: str, new_password: str, guard: Guard | None = None) -> None:
-        """Replace a user's password if the old one is right. Raise NoSuchUser, WrongPassword, TooManyAttempts."""
+    def change_password(
+        self, user_id: int, old_password: str, new_password: str, guard: Guard | None = None
+    ) -> None:
+        """Replace a user's password if the old one is right. Raise NoSuchUser,
+        WrongPassword, TooManyAttempts.
+        """
         password_hash = self.get_password_hash(user_id)
         with self._core():
             self._check_password(user_id, password_hash, old_password)
@@ -587,7 +708,9 @@ class Users(Database):
         self._forget_failures(user_id)
 
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
-        """Raise WrongPassword, TooManyAttempts. It takes one hash even if the stored one is unusable."""
+        """Raise WrongPassword, TooManyAttempts. It takes one hash even if the stored
+        one is unusable.
+        """
         with self._failures_lock:
             now = time.monotonic()
             count, last = self._failures.pop(account, (0, now))
@@ -600,7 +723,9 @@ class Users(Database):
             raise TooManyAttempts(int(wait) + 1)
         if not parse_hash(password_hash):
             verify_password(self._dummy_hash, password)
-            raise WrongPassword(f"the password hash of user {account!r} is malformed or cannot be verified here")
+            raise WrongPassword(
+                f"the password hash of user {account!r} is malformed or cannot be verified here"
+            )
         if not verify_password(password_hash, password):
             raise WrongPassword
         self._forget_failures(account)
@@ -631,12 +756,19 @@ class Users(Database):
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with this email, or None."""
-        rows = self.read(f'SELECT id, {_PASSWORD} FROM "user" WHERE email = ? COLLATE NOCASE', (email,))
+        rows = self.read(
+            f'SELECT id, {_PASSWORD} FROM "user" WHERE email = ? COLLATE NOCASE', (email,)
+        )
         return (rows[0][0], str(rows[0][1], "utf-8", "replace")) if rows else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user and return the id. Raise EmailTaken."""
-        fields = {"first_name": first_name, "last_name": last_name, "email": email, "password_hash": password_hash}
+        fields = {
+            "first_name": first_name,
+            "last_name": last_name,
+            "email": email,
+            "password_hash": password_hash,
+        }
         statement = """
 INSERT INTO "user" (first_name, last_name, email, password) SELECT :first_name, :last_name, :email, :password_hash
 WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
@@ -648,11 +780,18 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
             return cursor.lastrowid or 0
 
     def page(
-        self, limit: int, after: int | None = None, descending: bool = False, email: str | None = None, text: str = ""
+        self,
+        limit: int,
+        after: int | None = None,
+        descending: bool = False,
+        email: str | None = None,
+        text: str = "",
     ) -> tuple[bytes, int | None]:
-        """Return one page of users as comma-separated JSON objects, and the last id if more follow.
+        """Return one page of users as comma-separated JSON objects, and the last id if
+        more follow.
 
-        With `email`, only the user with this email; with `text`, only users whose names or email contain it.
+        With `email`, only the user with this email; with `text`, only users whose names
+        or email contain it.
         """
         parameters = {
             "after": float("inf" if descending else "-inf") if after is None else after,
@@ -679,8 +818,16 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
         return str(rows[0][0], "utf-8", "replace")
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
-        """Change the names and the email that are in `fields`. Raise NoSuchUser, EmailTaken, what guard raises."""
-        parameters = {"first_name": None, "last_name": None, "email": None, **fields, "id": user_id}
+        """Change the names and the email that are in `fields`. Raise NoSuchUser,
+        EmailTaken, what guard raises.
+        """
+        parameters = {
+            "first_name": None,
+            "last_name": None,
+            "email": None,
+            **fields,
+            "id": user_id,
+        }
         statement = """
 UPDATE "user" SET first_name = coalesce(:first_name, first_name), last_name = coalesce(:last_name, last_name),
     email = coalesce(:email, email)
@@ -697,13 +844,22 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
             _run_guard(connection, user_id, guard)
             connection.execute('DELETE FROM "user" WHERE id = ?', (user_id,))
 
-    def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
-        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise what guard raises."""
+    def replace_password_hash(
+        self, user_id: int, old: str | None, new: str, guard: Guard | None = None
+    ) -> bool:
+        """Replace the hash if it still equals `old` (None: always). Return whether it
+        did. Raise what guard raises.
+        """
         condition = f"id = :id AND (:old IS NULL OR {_PASSWORD} = :old)"
         fields = {"id": user_id, "old": old, "new": new}
         with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
-            return connection.execute(f'UPDATE "user" SET password = :new WHERE {condition}', fields).rowcount > 0
+            return (
+                connection.execute(
+                    f'UPDATE "user" SET password = :new WHERE {condition}', fields
+                ).rowcount
+                > 0
+            )
 
     def count(self) -> int:
         """Return the number of users."""
@@ -715,7 +871,9 @@ WHERE id = :id AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE
         self.read(f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table, with `force` anew. Return whether it did. Raise FileExistsError if it holds users."""
+        """Create the table, with `force` anew. Return whether it did. Raise
+        FileExistsError if it holds users.
+        """
         with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
@@ -741,8 +899,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use, within its CPU quota (Linux, cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use, within its CPU quota
+    (Linux, cgroup v2).
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/cgroup") as file:
             cgroup = file.read().partition("0::")[2].strip()
@@ -763,14 +925,19 @@ def _utf8(text: bytes) -> bytes:
     return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
-# -- HTTP --------------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------
 # Requests and responses, independent of the endpoints.
 
 MAX_BRACKETS = 500  # [ and { in a body: the JSON parser recurses, at most 1,000 levels deep
 
 JSON = ("Content-Type", "application/json")
-# Of every response. Without X-Frame-Options, a website could probe which ids exist with <object data>.
-_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Cache-Control", "no-store"))
+# Of every response. Without X-Frame-Options, a website could probe which ids exist with
+# <object data>.
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Cache-Control", "no-store"),
+)
 _STATUS_LINES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -781,7 +948,8 @@ _INVISIBLE = (
 )
 _BLANK = re.compile(rf"(?:\s|{_INVISIBLE})*")
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
-# Our ETag, or what a compressing proxy makes of it: W/ before it (nginx), or -gzip at its end (Apache).
+# Our ETag, or what a compressing proxy makes of it: W/ before it (nginx), or -gzip at
+# its end (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
@@ -799,19 +967,32 @@ def to_json(value: object) -> bytes:
 
 
 def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
-    """Return the status line, all headers and the body for a WSGI server. A complete body is a tuple of one part."""
+    """Return the status line, all headers and the body for a WSGI server. A complete
+    body is a tuple of one part.
+    """
     status, body, extra = response
     if isinstance(body, bytes):
-        return _STATUS_LINES[status], [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")], (body,)
+        return (
+            _STATUS_LINES[status],
+            [*_HEADERS, *extra, ("Content-Length", f"{len(body)}")],
+            (body,),
+        )
     # hypercorn sends the head only with the first part.
     return _STATUS_LINES[status], [*_HEADERS, *extra], body or (b"",)
 
 
 def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
-    """Return the JSON object in a body of application/json or these types. Raise HTTPError: 400, 411, 413, 415."""
-    media_type, *parameters = environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "").split(";")
+    """Return the JSON object in a body of application/json or these types. Raise
+    HTTPError: 400, 411, 413, 415.
+    """
+    media_type, *parameters = (
+        environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "").split(";")
+    )
     charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
-    if media_type not in ("application/json", *media_types) or not charsets <= {"charset=utf-8", "charset=utf8"}:
+    if media_type not in ("application/json", *media_types) or not charsets <= {
+        "charset=utf-8",
+        "charset=utf8",
+    }:
         raise HTTPError(415, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
@@ -836,7 +1017,9 @@ def check_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, s
 
 
 def check_field(name: str, value: object) -> str:
-    """Return the value of a field if it is valid. Raise HTTPError: 400; its message starts with the field's name."""
+    """Return the value of a field if it is valid. Raise HTTPError: 400; its message
+    starts with the field's name.
+    """
     if not isinstance(value, str):
         problem = "must be a string"
     elif _BLANK.fullmatch(value) and name != "q":
@@ -850,7 +1033,9 @@ def check_field(name: str, value: object) -> str:
         problem = "must not contain the NUL character"
     elif "password" not in name and _CONTROL.search(value):
         problem = "must not contain control characters"
-    elif name == "email" and (len(value) > MAX_EMAIL or not _EMAIL.fullmatch(value) or re.search(_INVISIBLE, value)):
+    elif name == "email" and (
+        len(value) > MAX_EMAIL or not _EMAIL.fullmatch(value) or re.search(_INVISIBLE, value)
+    ):
         problem = f"must be an address such as harry@example.com, of at most {MAX_EMAIL} visible characters"
     elif "password" not in name and len(value) > MAX_NAME:
         problem = f"must have at most {MAX_NAME} characters"
@@ -865,13 +1050,19 @@ def make_entity_tag(user: bytes) -> str:
 
 
 def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
-    """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise HTTPError: 412; NoSuchUser."""
-    # A user who does not exist is a 404, whatever the preconditions (13.2.1). Deleting one is not an error.
+    """Return True if a GET must be answered with 304 (RFC 9110 13.2.2). Raise
+    HTTPError: 412; NoSuchUser.
+    """
+    # A user who does not exist is a 404, whatever the preconditions (13.2.1). Deleting
+    # one is not an error.
     if user is None and environ["REQUEST_METHOD"] != "DELETE":
         raise NoSuchUser
     if_match, if_none_match = environ.get("HTTP_IF_MATCH"), environ.get("HTTP_IF_NONE_MATCH")
     if if_match is not None and not _matches(if_match, user):
-        raise HTTPError(412, "The user has changed: get it again, then decide" if user else "No user has this id")
+        raise HTTPError(
+            412,
+            "The user has changed: get it again, then decide" if user else "No user has this id",
+        )
     if if_none_match is None or not _matches(if_none_match, user):
         return False
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -880,7 +1071,9 @@ def check_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
 
 
 def make_guard(environ: WSGIEnvironment) -> Guard | None:
-    """Return a guard that checks the preconditions inside the transaction, or None if there are none."""
+    """Return a guard that checks the preconditions inside the transaction, or None if
+    there are none.
+    """
     if "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ:
         return functools.partial(check_preconditions, environ)
     return None
@@ -901,14 +1094,23 @@ def parse_length(text: str) -> int:
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
-    """Read Content-Length bytes, or all if the server sets wsgi.input_terminated. Raise HTTPError: 400, 411, 413."""
-    is_terminated, is_chunked = environ.get("wsgi.input_terminated", False), "HTTP_TRANSFER_ENCODING" in environ
+    """Read Content-Length bytes, or all if the server sets wsgi.input_terminated. Raise
+    HTTPError: 400, 411, 413.
+    """
+    is_terminated, is_chunked = (
+        environ.get("wsgi.input_terminated", False),
+        "HTTP_TRANSFER_ENCODING" in environ,
+    )
     if is_chunked and not is_terminated:
         raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
     size = 0 if is_chunked else parse_length(environ.get("CONTENT_LENGTH") or "0")
     limit, body = size or (MAX_BODY + 1 if is_terminated else 0), b""
     try:
-        while size <= MAX_BODY and len(body) < limit and (part := environ["wsgi.input"].read(limit - len(body))):
+        while (
+            size <= MAX_BODY
+            and len(body) < limit
+            and (part := environ["wsgi.input"].read(limit - len(body)))
+        ):
             body += part
     except Exception:
         # Each server has its own exceptions for a broken body.
@@ -920,15 +1122,17 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     return body
 
 
-# -- endpoints ---------------------------------------------------------------------------------------------------------
-# A handler takes the users, the environ and, if its path contains one, a user's id. It raises HTTPError for a bad
-# request, and what the methods of Users raise. See ROUTES.
+# -- endpoints -------------------------------------------------------------------------
+# A handler takes the users, the environ and, if its path contains one, a user's id. It
+# raises HTTPError for a bad request, and what the methods of Users raise. See ROUTES.
 
 _PROFILE = ("first_name", "last_name", "email")
 
 
 def create_user(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 201 with the new id and the user's location. The body has a password or, to import a user, its hash."""
+    """Return 201 with the new id and the user's location. The body has a password or,
+    to import a user, its hash.
+    """
     fields = read_object(environ)
     if "password_hash" not in fields:
         user_id = users.create(**check_fields(fields, (*_PROFILE, "password")))
@@ -940,8 +1144,12 @@ def create_user(users: Users, environ: WSGIEnvironment) -> Response:
 
 
 def list_users(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with an array of all users, or of those selected by limit, after, sort, email and q."""
-    query_string = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    """Return 200 with an array of all users, or of those selected by limit, after,
+    sort, email and q.
+    """
+    query_string = (
+        environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    )
     # The last of repeated parameters wins. "+" is literal (RFC 3986).
     query = dict(parse_qsl(query_string.replace("+", "%2B"), keep_blank_values=True))
     try:
@@ -975,7 +1183,9 @@ def get_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
 
 
 def update_user(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 200 with the id. PUT needs all fields; PATCH changes those in the body (RFC 7396). Others are ignored."""
+    """Return 200 with the id. PUT needs all fields; PATCH changes those in the body
+    (RFC 7396). Others are ignored.
+    """
     if environ["REQUEST_METHOD"] == "PUT":
         changes = check_fields(read_object(environ), _PROFILE)
     else:
@@ -1000,13 +1210,19 @@ def change_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Res
 
 def reset_password(users: Users, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204. The old password is not needed: this is for the holder of the token."""
-    users.reset_password(user_id, **check_fields(read_object(environ), ("new_password",)), guard=make_guard(environ))
+    users.reset_password(
+        user_id, **check_fields(read_object(environ), ("new_password",)), guard=make_guard(environ)
+    )
     return 204, None, ()
 
 
 def verify_user(users: Users, environ: WSGIEnvironment) -> Response:
     """Return 200 with the user's id, or 403. 401 would ask for another token (RFC 9110 15.5.2)."""
-    return 200, to_json({"id": users.verify(**check_fields(read_object(environ), ("email", "password")))}), (JSON,)
+    return (
+        200,
+        to_json({"id": users.verify(**check_fields(read_object(environ), ("email", "password")))}),
+        (JSON,),
+    )
 
 
 def get_health(users: Users, environ: WSGIEnvironment) -> Response:
@@ -1016,7 +1232,9 @@ def get_health(users: Users, environ: WSGIEnvironment) -> Response:
 
 
 def get_file(users: Users, environ: WSGIEnvironment) -> Response:
-    """Return 200 with the page or the OpenAPI document. Raise HTTPError: 404 if it is not installed."""
+    """Return 200 with the page or the OpenAPI document. Raise HTTPError: 404 if it is
+    not installed.
+    """
     path = environ.get("PATH_INFO")
     name, media_type = FILES[path or "/"]
     try:
@@ -1030,11 +1248,17 @@ def get_file(users: Users, environ: WSGIEnvironment) -> Response:
 
 
 NOTHING_HERE = "Nothing is here: the users are at /users/"
-FILES = {"/": ("index.html", "text/html; charset=utf-8"), "/openapi.json": ("openapi.json", "application/json")}
+FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/openapi.json": ("openapi.json", "application/json"),
+}
 
 _ID = "/users/([0-9]{1,19})"
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
-    (re.compile(f"{_ID}/?"), {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user}),
+    (
+        re.compile(f"{_ID}/?"),
+        {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user},
+    ),
     (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
     (re.compile(f"{_ID}/password/?"), {"PUT": change_password}),
     (re.compile(f"{_ID}/password/reset/?"), {"PUT": reset_password}),
@@ -1048,7 +1272,9 @@ PUBLIC = re.compile("/health/?|/?|/openapi[.]json")
 
 
 def _all_users(users: Users, page: bytes, last: int | None, descending: bool) -> Iterator[bytes]:
-    """Yield a JSON array of the users on a page and all that follow. Each batch is a separate read."""
+    """Yield a JSON array of the users on a page and all that follow. Each batch is a
+    separate read.
+    """
     yield b"[" + page
     while last is not None:
         page, last = users.page(BATCH, last, descending)
@@ -1064,8 +1290,9 @@ def _url(environ: WSGIEnvironment, rest: str = "") -> str:
     return "/" + f"{mount_point}/{rest}".lstrip("/")
 
 
-# -- application -------------------------------------------------------------------------------------------------------
-# The WSGI callable (PEP 3333), and one table of the response to each exception, also for the server.
+# -- application -----------------------------------------------------------------------
+# The WSGI callable (PEP 3333), and one table of the response to each exception, also
+# for the server.
 
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     EmailTaken: (400, "This email is already registered"),
@@ -1084,11 +1311,20 @@ _is_loopback = functools.lru_cache(maxsize=64)(_LOOPBACK.fullmatch)
 class Application:
     """The WSGI callable. Created by create_app; any number of threads may call it."""
 
-    def __init__(self, users: Users, token: str | None = None, anonymous: bool | None = None) -> None:
-        """Take what is None from PROFILER_TOKEN and PROFILER_ANONYMOUS; see create_app. Raise ValueError."""
+    def __init__(
+        self, users: Users, token: str | None = None, anonymous: bool | None = None
+    ) -> None:
+        """Take what is None from PROFILER_TOKEN and PROFILER_ANONYMOUS; see create_app.
+        Raise ValueError.
+        """
         token = os.environ.get("PROFILER_TOKEN") if token is None else token
         if anonymous is None:
-            anonymous = parse_number(os.environ.get("PROFILER_ANONYMOUS") or "0", "PROFILER_ANONYMOUS", 0, 1) == 1
+            anonymous = (
+                parse_number(
+                    os.environ.get("PROFILER_ANONYMOUS") or "0", "PROFILER_ANONYMOUS", 0, 1
+                )
+                == 1
+            )
         self.users, self.anonymous = users, anonymous
         self.tokens = [] if token is None else [part.encode() for part in token.split()]
         if token is not None and not (self.tokens and all(map(_TOKEN.fullmatch, token.split()))):
@@ -1110,9 +1346,13 @@ class Application:
         self.users.close()
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
-        """Return the response of the route's handler. Raise what it raises; HTTPError: 401, 404, 405, 421."""
+        """Return the response of the route's handler. Raise what it raises; HTTPError:
+        401, 404, 405, 421.
+        """
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO", "")
-        if self.tokens or not (self.anonymous or _is_loopback(environ.get("HTTP_HOST", "localhost"))):
+        if self.tokens or not (
+            self.anonymous or _is_loopback(environ.get("HTTP_HOST", "localhost"))
+        ):
             self._check_access(environ, path)
         for pattern, handlers in ROUTES:
             if match := pattern.fullmatch(path):
@@ -1123,7 +1363,9 @@ class Application:
                     if user_id > MAX_ID:
                         raise NoSuchUser
                     return handler(self.users, environ, user_id)
-                methods = [*handlers, "OPTIONS", "HEAD"] if "GET" in handlers else [*handlers, "OPTIONS"]
+                methods = (
+                    [*handlers, "OPTIONS", "HEAD"] if "GET" in handlers else [*handlers, "OPTIONS"]
+                )
                 allow = ("Allow", ", ".join(sorted(methods)))
                 if method == "OPTIONS":
                     return 204, None, (allow,)
@@ -1131,9 +1373,12 @@ class Application:
         raise HTTPError(404, NOTHING_HERE)
 
     def _check_access(self, environ: WSGIEnvironment, path: str) -> None:
-        """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is not loopback."""
+        """Raise HTTPError: 401 without a valid token (RFC 6750), 421 for a Host that is
+        not loopback.
+        """
         if not self.tokens:
-            # Against DNS rebinding: if a website points its name at 127.0.0.1, browsers send its requests here.
+            # Against DNS rebinding: if a website points its name at 127.0.0.1, browsers
+            # send its requests here.
             message = "Without a token, only the hosts localhost and 127.0.0.1 are served. Set PROFILER_TOKEN, "
             raise HTTPError(421, message + "or PROFILER_ANONYMOUS=1 to serve everybody")
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -1142,7 +1387,9 @@ class Application:
         matches = sum(hmac.compare_digest(given, token) for token in self.tokens)
         if not PUBLIC.fullmatch(path) and not (matches and scheme.lower() == "bearer"):
             challenge = ("WWW-Authenticate", "Bearer")
-            raise HTTPError(401, "Send a valid token in the header Authorization: Bearer TOKEN", challenge)
+            raise HTTPError(
+                401, "Send a valid token in the header Authorization: Bearer TOKEN", challenge
+            )
 
 
 def create_app(
@@ -1152,12 +1399,14 @@ def create_app(
     token: str | None = None,
     anonymous: bool | None = None,
 ) -> Application:
-    """Return a WSGI application on an SQLite file, which the first request creates. Raise ValueError.
+    """Return a WSGI application on an SQLite file, which the first request creates.
+    Raise ValueError.
 
-    What is None is taken from PROFILER_DATABASE (default: ./db.sqlite3), PROFILER_ITERATIONS (of PBKDF2 for new
-    passwords, default: 600,000), PROFILER_TOKEN and PROFILER_ANONYMOUS. Requests need one of the tokens, which white
-    space separates. Without a token they need a loopback Host, unless `anonymous` is true: use it where the application
-    around this one checks who asks.
+    What is None is taken from PROFILER_DATABASE (default: ./db.sqlite3),
+    PROFILER_ITERATIONS (of PBKDF2 for new passwords, default: 600,000), PROFILER_TOKEN
+    and PROFILER_ANONYMOUS. Requests need one of the tokens, which white space
+    separates. Without a token they need a loopback Host, unless `anonymous` is true:
+    use it where the application around this one checks who asks.
     """
     return Application(Users(database, iterations), token, anonymous)
 
@@ -1167,8 +1416,11 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
     created: dict[str, Application] = {}
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer as create() does. For an invalid setting, raise ValueError: servers answer 500 and log it."""
-        # Concurrent first requests may create several, which opens nothing. All use the same: setdefault is atomic.
+        """Answer as create() does. For an invalid setting, raise ValueError: servers
+        answer 500 and log it.
+        """
+        # Concurrent first requests may create several, which opens nothing. All use the
+        # same: setdefault is atomic.
         return (created.get("") or created.setdefault("", create()))(environ, start_response)
 
     return application
@@ -1178,7 +1430,9 @@ application = app = create_on_first_use(create_app)
 
 
 def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
-    """Return the response for an exception. Log a bug with its traceback, any other message in one line."""
+    """Return the response for an exception. Log a bug with its traceback, any other
+    message in one line.
+    """
     if isinstance(error, HTTPError):
         return error.status, to_json({"error": str(error)}), (JSON, *error.headers)
     status, message = ERRORS.get(type(error), (500, "Internal server error"))
@@ -1195,9 +1449,10 @@ def error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     return status, to_json({"error": message}), (JSON, *headers)
 
 
-# -- server: parsing ---------------------------------------------------------------------------------------------------
-# From bytes to an environ, without a socket. Requests that a proxy could parse differently are rejected, because they
-# allow request smuggling (RFC 9112 11.2). http.server is too lenient for that.
+# -- server: parsing -------------------------------------------------------------------
+# From bytes to an environ, without a socket. Requests that a proxy could parse
+# differently are rejected, because they allow request smuggling (RFC 9112 11.2).
+# http.server is too lenient for that.
 
 MAX_REQUEST_LINE = 8 * 1024  # bytes: the default of nginx and Apache
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
@@ -1205,20 +1460,24 @@ MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
-# RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which overrides Host (3.2.2).
+# RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which
+# overrides Host (3.2.2).
 _TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # Any beginning of a request line. An empty line may precede it (RFC 9112 2.2).
 _REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
-# No space before the colon, no folding, no bare CR or LF, no control character: RFC 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
+# No space before the colon, no folding, no bare CR or LF, no control character: RFC
+# 9112 5.1, 5.2, 2.2; RFC 9110 5.5.
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 # Bare LFs end a head, too, so that parse_head rejects them at once.
 HEAD_END = re.compile(rb"\n\r?\n")
 
 
 def parse_head(head: bytes) -> WSGIEnvironment:
-    """Return the environ for a request head. Raise HTTPError: 400, 411, 414, 417, 431, 501, 505."""
+    """Return the environ for a request head. Raise HTTPError: 400, 411, 414, 417, 431,
+    501, 505.
+    """
     environ, authority = parse_request_line(head)
     _, *lines = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n").split("\r\n")
     if len(lines) > MAX_HEADER_FIELDS:
@@ -1226,18 +1485,25 @@ def parse_head(head: bytes) -> WSGIEnvironment:
     for line in lines:
         match = _FIELD_LINE.fullmatch(line)
         if not match:
-            raise HTTPError(400, "A header must be one line, `Name: value`, without control characters")
+            raise HTTPError(
+                400, "A header must be one line, `Name: value`, without control characters"
+            )
         name, value = match[1].upper(), match[2].strip(" \t")
         # Dropped, because X_Y and X-Y would be the same key.
         if "_" in name:
             continue
         key = "HTTP_" + name.replace("-", "_")
-        # RFC 9110 5.3. For Host and Content-Length, which must not be repeated, the result is invalid.
+        # RFC 9110 5.3. For Host and Content-Length, which must not be repeated, the
+        # result is invalid.
         environ[key] = f"{environ[key]}, {value}" if key in environ else value
     is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if (is_http_1_1 and "HTTP_HOST" not in environ) or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
+    if (is_http_1_1 and "HTTP_HOST" not in environ) or not _HOST_VALUE.fullmatch(
+        environ.get("HTTP_HOST", "")
+    ):
         raise HTTPError(400, "Send one Host, such as localhost:5000")
-    if is_http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue":  # RFC 9110 10.1.1
+    if (
+        is_http_1_1 and environ.get("HTTP_EXPECT", "100-continue").lower() != "100-continue"
+    ):  # RFC 9110 10.1.1
         raise HTTPError(417, "The only supported Expect is 100-continue")
     if "HTTP_CONTENT_LENGTH" in environ:
         parse_length(environ["HTTP_CONTENT_LENGTH"])
@@ -1254,9 +1520,11 @@ def parse_head(head: bytes) -> WSGIEnvironment:
 
 
 def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
-    """Return the environ of the request line, and the authority of its target. While it is incomplete: {} and None.
+    """Return the environ of the request line, and the authority of its target. While it
+    is incomplete: {} and None.
 
-    Raise HTTPError for a head that is too long or cannot become valid, such as TLS: 400, 414, 431, 505.
+    Raise HTTPError for a head that is too long or cannot become valid, such as TLS:
+    400, 414, 431, 505.
     """
     line, newline, _ = head.removeprefix(b"\r\n").partition(b"\n")
     if len(line) > MAX_REQUEST_LINE:
@@ -1288,15 +1556,18 @@ def format_time(second: int) -> tuple[str, str]:
     return format_date_time(second), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
-# -- server: connections -----------------------------------------------------------------------------------------------
-# Theory of operation: one thread does all network I/O with a selector. Each connection is a generator that reads like
-# blocking code. It yields what it waits for: an event of its socket, or a function to run in a worker thread. The
-# server resumes it with the result, or throws socket.timeout into it when its deadline has passed. Complete responses
-# to GET are made in the I/O thread: they take microseconds, and threads that compete for the GIL are slower. What may
-# wait for a lock, a core or a disk runs in workers, which are daemon threads: writes, hashes, reads that raise
-# WouldBlock, and each part of a streamed response. A worker does not use the selector, and of its connection only the
-# socket, to look whether the client is there, and the response head: it queues its result and wakes the I/O thread.
-# One more thread writes the log. The server never forks.
+# -- server: connections ---------------------------------------------------------------
+# Theory of operation: one thread does all network I/O with a selector. Each connection
+# is a generator that reads like blocking code. It yields what it waits for: an event of
+# its socket, or a function to run in a worker thread. The server resumes it with the
+# result, or throws socket.timeout into it when its deadline has passed. Complete
+# responses to GET are made in the I/O thread: they take microseconds, and threads that
+# compete for the GIL are slower. What may wait for a lock, a core or a disk runs in
+# workers, which are daemon threads: writes, hashes, reads that raise WouldBlock, and
+# each part of a streamed response. A worker does not use the selector, and of its
+# connection only the socket, to look whether the client is there, and the response
+# head: it queues its result and wakes the I/O thread. One more thread writes the log.
+# The server never forks.
 
 # Seconds unless stated otherwise.
 IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
@@ -1327,7 +1598,9 @@ class Server(WSGIServer):
     application: Application
     request_queue_size = 1024  # connections that wait to be accepted
 
-    def __init__(self, family: int, address: Any, app: Application, access_log: bool = True) -> None:
+    def __init__(
+        self, family: int, address: Any, app: Application, access_log: bool = True
+    ) -> None:
         """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
         self.address_family, self.access_log, self.log = family, access_log, Log()
         super().__init__(address, None)  # type: ignore[arg-type]
@@ -1338,12 +1611,16 @@ class Server(WSGIServer):
         self.idle: dict[Connection, None] = {}
         # Windows has no such limit, and -1 stands for none.
         files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
-        self.max_connections = MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+        self.max_connections = (
+            MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+        )
         self.selector = selectors.DefaultSelector()
         self._workers = self._busy = 0
         self._next_check = 0.0
         # A job is a function, and the connection to resume with its result.
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = (
+            queue.SimpleQueue()
+        )
         self._finished: queue.SimpleQueue[tuple[Connection, object]] = queue.SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         for end in (self.socket, self._woken, self._waker):
@@ -1355,17 +1632,26 @@ class Server(WSGIServer):
         """Bind the socket without a reverse DNS lookup. Connections inherit TCP_NODELAY."""
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
         self.setup_environ()
-        self.base_environ.update({"wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": self.log})
-        self.base_environ.update({"wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False})
+        self.base_environ.update(
+            {"wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": self.log}
+        )
+        self.base_environ.update(
+            {"wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False}
+        )
 
     def stop(self, *_: object) -> None:
         """Make serve() return soon. Can be used as a signal handler."""
         self.stopping = True
 
     def serve(self) -> None:
-        """Serve until stop() is called. Then give requests in flight DRAIN_TIMEOUT to finish, and close everything."""
+        """Serve until stop() is called. Then give requests in flight DRAIN_TIMEOUT to
+        finish, and close everything.
+        """
         this_thread.may_wait = False
         while not self.stopping:
             self._serve_round()
@@ -1386,7 +1672,9 @@ class Server(WSGIServer):
         self.log.stop()
 
     def submit(self, function: Callable[[], object], connection: Connection) -> None:
-        """Run a function in a worker, then resume the connection in this thread: with Busy if there is no worker."""
+        """Run a function in a worker, then resume the connection in this thread: with
+        Busy if there is no worker.
+        """
         if self._workers < min(self._busy + 1, WORKERS):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._work, daemon=True).start()
@@ -1407,7 +1695,8 @@ class Server(WSGIServer):
                 # resume() treats an OSError as a lost connection, and logs nothing.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
-            # Otherwise a worker without a job would keep its last connection and the body of the request.
+            # Otherwise a worker without a job would keep its last connection and the
+            # body of the request.
             del this_thread.is_abandoned, function, connection, result
             # The socket may be closed. If its buffer is full, the I/O thread wakes up anyway.
             with contextlib.suppress(OSError):
@@ -1421,14 +1710,18 @@ class Server(WSGIServer):
             connection.resume(result)
 
     def _serve_round(self) -> None:
-        """Wait for events and resume the connections that they are for, or whose deadline has passed."""
+        """Wait for events and resume the connections that they are for, or whose
+        deadline has passed.
+        """
         # Not forever, because a signal right before the wait is handled only after it.
         for key, _ in self.selector.select(CHECK_INTERVAL):
             key.data()
         now = time.monotonic()
         if now > self._next_check:
             self._next_check = now + CHECK_INTERVAL
-            for connection in [connection for connection in self.connections if connection.deadline < now]:
+            for connection in [
+                connection for connection in self.connections if connection.deadline < now
+            ]:
                 connection.resume(socket.timeout())
 
     def _accept(self) -> None:
@@ -1457,7 +1750,9 @@ class Server(WSGIServer):
 
 
 class Connection:
-    """One connection and its requests. Its generators yield an event to wait for, or a function for a worker."""
+    """One connection and its requests. Its generators yield an event to wait for, or a
+    function for a worker.
+    """
 
     def __init__(self, server: Server, connection: socket.socket, client: str) -> None:
         self.server, self.socket, self.client = server, connection, client
@@ -1473,7 +1768,11 @@ class Connection:
     def resume(self, result: object = None) -> None:
         """Continue until the next wait, with the result of the last one, or its exception."""
         try:
-            wanted = self._steps.throw(result) if isinstance(result, Exception) else self._steps.send(result)
+            wanted = (
+                self._steps.throw(result)
+                if isinstance(result, Exception)
+                else self._steps.send(result)
+            )
         except Exception as reason:
             if not isinstance(reason, (StopIteration, OSError)):
                 error_response(reason, self.server.base_environ)
@@ -1524,7 +1823,8 @@ class Connection:
                 if not self.received:
                     return
             yield from self._answer_request()
-        # Read until the client closes: closing with unread input may lose the response (RFC 9112 9.6).
+        # Read until the client closes: closing with unread input may lose the response
+        # (RFC 9112 9.6).
         self.socket.shutdown(socket.SHUT_WR)
         end, self.received = time.monotonic() + BODY_TIMEOUT, b"?"
         while self.received:
@@ -1541,7 +1841,10 @@ class Connection:
             except WouldBlock:
                 body = yield run
             status, headers = self._started
-            is_http_1_1, options = environ["SERVER_PROTOCOL"] == "HTTP/1.1", environ.get("HTTP_CONNECTION", "")
+            is_http_1_1, options = (
+                environ["SERVER_PROTOCOL"] == "HTTP/1.1",
+                environ.get("HTTP_CONNECTION", ""),
+            )
             if not is_http_1_1 or self.server.stopping or _CLOSE.search(options):
                 self.is_last = True
             if is_http_1_1 and not isinstance(body, tuple):
@@ -1553,7 +1856,9 @@ class Connection:
         yield from self._send_response(status, headers, body)
 
     def _receive_request(self) -> Steps:
-        """Return the environ of the next request, whose body has arrived. Raise HTTPError, OSError."""
+        """Return the environ of the next request, whose body has arrived. Raise
+        HTTPError, OSError.
+        """
         self.deadline = time.monotonic() + HEAD_TIMEOUT
         while not (end := HEAD_END.search(self.received)):
             self.head = self.received.removeprefix(b"\r\n")
@@ -1576,7 +1881,9 @@ class Connection:
         return environ
 
     def _receive(self, problem: str = "") -> Steps:
-        """Receive some bytes. At the end of the stream, raise HTTPError with the problem, if any. Raise OSError."""
+        """Receive some bytes. At the end of the stream, raise HTTPError with the
+        problem, if any. Raise OSError.
+        """
         yield _READ
         more = self.socket.recv(RECEIVE_SIZE)
         self.received += more
@@ -1592,13 +1899,21 @@ class Connection:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield _WRITE
 
-    def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: object = None
+    ) -> Any:
         self._started = status, headers
 
-    def _send_response(self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]) -> Steps:
-        """Send a response and log it. If it fails midway, reset the connection, so that it does not look complete."""
+    def _send_response(
+        self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]
+    ) -> Steps:
+        """Send a response and log it. If it fails midway, reset the connection, so that
+        it does not look complete.
+        """
         date, moment = format_time(int(time.time()))
-        persistence = "Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}"
+        persistence = (
+            "Connection: close" if self.is_last else f"Keep-Alive: timeout={IDLE_TIMEOUT}"
+        )
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
         start = f"HTTP/1.1 {status}\r\nDate: {date}\r\nServer: profiler/{__version__}\r\n"
         head, size = f"{start}{fields}{persistence}\r\n\r\n".encode("latin-1"), 0
@@ -1609,7 +1924,9 @@ class Connection:
             else:
                 chunked, parts = _CHUNKED in headers, iter(body)
                 while (part := (yield functools.partial(next, parts, None))) is not None:
-                    yield from self._send(head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part))
+                    yield from self._send(
+                        head + (b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+                    )
                     head, size = b"", size + len(part)
                 if chunked:
                     yield from self._send(b"0\r\n\r\n")  # RFC 9112 7.1
@@ -1620,11 +1937,14 @@ class Connection:
             raise
         finally:
             if self.server.access_log:
-                # In Common Log Format, without control characters. What is no request line may contain a password.
+                # In Common Log Format, without control characters. What is no request
+                # line may contain a password.
                 line = self.head.partition(b"\n")[0].decode("latin-1")
                 text = line[:MAX_LOGGED].rstrip("\r") if REQUEST_LINE.fullmatch(line) else ""
                 text = text.encode("unicode_escape").decode().replace('"', '\\"')
-                self.server.log.write(f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n')
+                self.server.log.write(
+                    f'{self.client} - - [{moment}] "{text}" {status[:3]} {size}\n'
+                )
 
 
 class Log(io.TextIOBase):
@@ -1650,17 +1970,21 @@ class Log(io.TextIOBase):
             self._writer.join(LOG_TIMEOUT)
 
     def _write_entries(self) -> None:
-        # With os.write, because a full sys.stderr could block the interpreter's exit. It may be closed, too.
+        # With os.write, because a full sys.stderr could block the interpreter's exit.
+        # It may be closed, too.
         entries: list[str | None] = []
         while None not in entries:
             entries = [self.entries.get()]
             time.sleep(LOG_INTERVAL)
             entries += [self.entries.get() for _ in range(self.entries.qsize())]
             with contextlib.suppress(AttributeError, OSError, ValueError):
-                os.write(sys.stderr.fileno(), "".join(filter(None, entries)).encode("utf-8", "backslashreplace"))
+                os.write(
+                    sys.stderr.fileno(),
+                    "".join(filter(None, entries)).encode("utf-8", "backslashreplace"),
+                )
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1674,26 +1998,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_command(make_parser()[0], argv, Users)
 
 
-def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tuple[argparse.ArgumentParser, Any]:
-    """Return the parser of the command line, and its subparsers. `run` is the function of a command."""
+def make_parser(
+    prog: str = "profiler", database: str = "the SQLite file"
+) -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of the command line, and its subparsers. `run` is the function
+    of a command.
+    """
     text = "User accounts over HTTP. Without a command, serve them. Each option overrides its environment variable."
     parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False)
     add = parser.add_argument
     add("--host", help=f"the address to listen on (PROFILER_HOST; default: {HOST})")
-    add("--port", help=f"the port to listen on; 0 picks a free one (PROFILER_PORT, else PORT; default: {PORT})")
+    add(
+        "--port",
+        help=f"the port to listen on; 0 picks a free one (PROFILER_PORT, else PORT; default: {PORT})",
+    )
     add("--database", help=f"{database} (PROFILER_DATABASE; default: {DATABASE})")
-    add("--token-file", metavar="PATH", help="require a token of this file, one per line (PROFILER_TOKEN: the token)")
-    add("--anonymous", action="store_true", default=None, help="serve without a token (PROFILER_ANONYMOUS=1)")
-    add("--iterations", type=int, help=f"of PBKDF2 for new passwords (PROFILER_ITERATIONS; default: {ITERATIONS})")
+    add(
+        "--token-file",
+        metavar="PATH",
+        help="require a token of this file, one per line (PROFILER_TOKEN: the token)",
+    )
+    add(
+        "--anonymous",
+        action="store_true",
+        default=None,
+        help="serve without a token (PROFILER_ANONYMOUS=1)",
+    )
+    add(
+        "--iterations",
+        type=int,
+        help=f"of PBKDF2 for new passwords (PROFILER_ITERATIONS; default: {ITERATIONS})",
+    )
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
 
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    initialise = commands.add_parser("initialise-database", help="create the table of users", allow_abbrev=False)
+    initialise = commands.add_parser(
+        "initialise-database", help="create the table of users", allow_abbrev=False
+    )
     initialise.add_argument("--force", action="store_true", help="delete all users in it")
     initialise.set_defaults(run=_initialise_database)
-    backup = commands.add_parser("backup", help="copy the database while it is served", allow_abbrev=False)
+    backup = commands.add_parser(
+        "backup", help="copy the database while it is served", allow_abbrev=False
+    )
     backup.add_argument("path", metavar="PATH", help="a new file")
     backup.set_defaults(run=_backup)
     for command in (initialise, backup):
@@ -1701,7 +2049,9 @@ def make_parser(prog: str = "profiler", database: str = "the SQLite file") -> tu
     return parser, commands
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]) -> None:
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, storage: Callable[..., Users]
+) -> None:
     """Run the command of the arguments on a storage. Exit as main does."""
     # sys.stderr is None if the caller has closed the descriptor.
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -1725,10 +2075,14 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     own_port = os.environ.get("PROFILER_PORT", "")
     # Kubernetes sets PROFILER_PORT=tcp://... for a Service named "profiler".
     own_port = "" if own_port.startswith("tcp://") else own_port
-    port = parse_number(arguments.port or own_port or os.environ.get("PORT") or str(PORT), "port", 0, 65535)
+    port = parse_number(
+        arguments.port or own_port or os.environ.get("PORT") or str(PORT), "port", 0, 65535
+    )
     host = arguments.host or os.environ.get("PROFILER_HOST") or HOST
     try:
-        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM
+        )[0]
     except (OSError, UnicodeError) as error:
         raise ValueError(f"invalid host {host!r}: {error}") from None
     token = None
@@ -1741,7 +2095,9 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     app = Application(users, token, arguments.anonymous)
     ip = str(address[0])
     if not (app.tokens or app.anonymous or ip.startswith("127.") or ip == "::1"):
-        raise ValueError(f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous")
+        raise ValueError(
+            f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
+        )
     users.ping()
     count = users.count()
     # Free the memory that counting took.
@@ -1749,14 +2105,18 @@ def _run_server(arguments: argparse.Namespace, users: Users) -> None:
     try:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
-        raise OSError(f"port {port} of {ip}: {error.strerror}: choose another --port or --host") from None
+        raise OSError(
+            f"port {port} of {ip}: {error.strerror}: choose another --port or --host"
+        ) from None
     signals = [signal.SIGTERM, signal.SIGINT]
     # Windows has no SIGHUP, and nohup ignores it.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)
     with server:
         if users.iterations < ITERATIONS:
-            server.log.write(f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n")
+            server.log.write(
+                f"profiler: {users.iterations} iterations are fewer than OWASP's {ITERATIONS}\n"
+            )
         for signum in signals:
             signal.signal(signum, server.stop)
         print(f"http://{f'[{ip}]' if ':' in ip else ip}:{server.server_port}/")

@@ -1,12 +1,14 @@
-"""Users in PostgreSQL, MySQL or MariaDB, for services that outgrow one SQLite file: a storage of profiler.
+"""Users in PostgreSQL, MySQL or MariaDB, for services that outgrow one SQLite file: a
+storage of profiler.
 
     gunicorn profiler_sqlalchemy:application
     python -m profiler_sqlalchemy --database postgresql://app:secret@db.example/app
     python -m profiler_sqlalchemy copy db.sqlite3 mysql://app@127.0.0.1/app
 
-It has the options, commands and environment variables of profiler, which provides the rules, the HTTP interface and the
-server; here, a database is a URL or a path. Responses are the same on every database, byte for byte.
-Install it with `pip install 'profiler-users[postgresql]'` or `'profiler-users[mysql]'`.
+It has the options, commands and environment variables of profiler, which provides the
+rules, the HTTP interface and the server; here, a database is a URL or a path. Responses
+are the same on every database, byte for byte. Install it with `pip install
+'profiler-users[postgresql]'` or `'profiler-users[mysql]'`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
 
-# -- configuration -----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------
 
 DRIVERS = {  # from the scheme of a URL to SQLAlchemy's
     "postgres": "postgresql+psycopg",
@@ -74,13 +76,18 @@ COPY_BATCH = 1000  # users
 # SQLSTATEs of PostgreSQL; error numbers of MySQL and MariaDB.
 DUPLICATE_KEY = ("23505", 1062)
 ROLLED_BACK = ("40001", "40P01", 1213, 1205)  # deadlocks, and conflicts with other transactions
-STALE_STATEMENT = ("0A000", "26000", "42P05")  # a prepared statement does not fit the table, or is gone
+STALE_STATEMENT = (
+    "0A000",
+    "26000",
+    "42P05",
+)  # a prepared statement does not fit the table, or is gone
 READ_ONLY = ("25006", 1290, 1792, 1836)  # the server has become a standby
 
 
-# -- dialects ----------------------------------------------------------------------------------------------------------
-# `email` is as entered, `email_key` as compared: MariaDB has no index on an expression, and lower() of every database
-# depends on its locale. Both compare bytes, because other collations equate e and é, or all emoji.
+# -- dialects --------------------------------------------------------------------------
+# `email` is as entered, `email_key` as compared: MariaDB has no index on an expression,
+# and lower() of every database depends on its locale. Both compare bytes, because other
+# collations equate e and é, or all emoji.
 
 _USERS = Table(
     "user",
@@ -89,7 +96,12 @@ _USERS = Table(
     Column("first_name", String(255), nullable=False),
     Column("last_name", String(255), nullable=False),
     Column("email", String(254), nullable=False),
-    Column("email_key", String(254).with_variant(String(254, "C"), "postgresql"), nullable=False, unique=True),
+    Column(
+        "email_key",
+        String(254).with_variant(String(254, "C"), "postgresql"),
+        nullable=False,
+        unique=True,
+    ),
     Column("password", Text, nullable=False),
     Column("created_on", DateTime, nullable=False),  # in UTC
     mysql_engine="InnoDB",
@@ -144,7 +156,9 @@ WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"
 
 
 def _to_json(rows: Sequence[Any]) -> bytes:
-    """Return users as comma-separated JSON objects. An encoder with a dict for each takes twice as long."""
+    """Return users as comma-separated JSON objects. An encoder with a dict for each
+    takes twice as long.
+    """
     quote = json.encoder.encode_basestring
     users = [
         f'{{"id":{user_id},"first_name":{quote(first_name)},"last_name":{quote(last_name)},"email":{quote(email)},'
@@ -154,16 +168,20 @@ def _to_json(rows: Sequence[Any]) -> bytes:
     return ",".join(users).encode()
 
 
-# -- connections -------------------------------------------------------------------------------------------------------
-# Theory of operation: the threads of a process share a pool of connections in autocommit mode. Every operation is one
-# statement, except writes with a precondition, which lock the row in a transaction. Statements run on the driver's own
-# cursor, because SQLAlchemy's takes longer than the database. A thread that must not wait gets WouldBlock. Whether a
-# connection still works is tested before a write, if it was idle; a read is simply repeated. A write whose connection
-# broke is not, because it may have been committed. After a fork, the child abandons its parent's connections.
+# -- connections -----------------------------------------------------------------------
+# Theory of operation: the threads of a process share a pool of connections in
+# autocommit mode. Every operation is one statement, except writes with a precondition,
+# which lock the row in a transaction. Statements run on the driver's own cursor,
+# because SQLAlchemy's takes longer than the database. A thread that must not wait gets
+# WouldBlock. Whether a connection still works is tested before a write, if it was idle;
+# a read is simply repeated. A write whose connection broke is not, because it may have
+# been committed. After a fork, the child abandons its parent's connections.
 
 
 def _parse_url(text: str) -> URL:
-    """Return the URL with SQLAlchemy's name of the driver. Raise ValueError, without the password in the URL."""
+    """Return the URL with SQLAlchemy's name of the driver. Raise ValueError, without
+    the password in the URL.
+    """
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
@@ -182,12 +200,18 @@ def _parse_url(text: str) -> URL:
 def _hosts(url: URL) -> list[str]:
     """Return the hosts in the query of a URL."""
     hosts = url.query.get("host", ())
-    return [host for part in ([hosts] if isinstance(hosts, str) else hosts) for host in part.split(",")]
+    return [
+        host for part in ([hosts] if isinstance(hosts, str) else hosts) for host in part.split(",")
+    ]
 
 
 def _location(url: URL) -> str:
-    """Return the URL for people, without its password, and without its query, which may contain one."""
-    location = str(URL.create(url.get_backend_name(), url.username, None, url.host, url.port, url.database))
+    """Return the URL for people, without its password, and without its query, which may
+    contain one.
+    """
+    location = str(
+        URL.create(url.get_backend_name(), url.username, None, url.host, url.port, url.database)
+    )
     return f"{location} on {', '.join(_hosts(url))}" if _hosts(url) else location
 
 
@@ -217,7 +241,9 @@ def _options(url: URL) -> dict[str, Any]:
 
 
 def _create_engine(url: URL) -> Engine:
-    """Return an engine, which connects on first use. Raise ValueError if the driver is not installed."""
+    """Return an engine, which connects on first use. Raise ValueError if the driver is
+    not installed.
+    """
     backend = url.get_backend_name()
     try:
         engine = sqlalchemy.create_engine(
@@ -233,7 +259,9 @@ def _create_engine(url: URL) -> Engine:
             pool_use_lifo=True,
         )
     except (ImportError, NoSuchModuleError) as error:
-        raise ValueError(f"{url.drivername}: {error}: pip install 'profiler-users[{backend}]'") from None
+        raise ValueError(
+            f"{url.drivername}: {error}: pip install 'profiler-users[{backend}]'"
+        ) from None
 
     def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
         record.info.update(opened=time.monotonic(), used=time.monotonic())
@@ -245,17 +273,22 @@ def _create_engine(url: URL) -> Engine:
 
 
 def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -> None:
-    """Prepare a new connection for use. Raise Unavailable if the database cannot store every character."""
+    """Prepare a new connection for use. Raise Unavailable if the database cannot store
+    every character.
+    """
     _limit_waiting(connection, info)
     info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
     encoding = connection.info.parameter_status("server_encoding")
     if encoding == "SQL_ASCII":
         _replace_invalid_utf8(connection)
     elif encoding != "UTF8":
-        raise Unavailable(f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'")
+        raise Unavailable(
+            f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'"
+        )
     if connection.info.backend_pid != connection.execute("SELECT pg_backend_pid()").fetchone()[0]:
-        # There is a pooler. Its clients may share a session, and with it the names of prepared statements: a statement
-        # would execute another client's. Settings would apply to others, too.
+        # There is a pooler. Its clients may share a session, and with it the names of
+        # prepared statements: a statement would execute another client's. Settings
+        # would apply to others, too.
         connection.prepare_threshold = None
     elif set_timeout:
         connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
@@ -266,7 +299,9 @@ def _replace_invalid_utf8(connection: Any) -> None:
     """Read U+FFFD for invalid UTF-8, which a database with the encoding SQL_ASCII may contain."""
     from psycopg.adapt import Loader
 
-    connection.execute("SET client_encoding = 'SQL_ASCII'")  # otherwise the server refuses to send it
+    connection.execute(
+        "SET client_encoding = 'SQL_ASCII'"
+    )  # otherwise the server refuses to send it
 
     class ReplacingLoader(Loader):
         def load(self, data: Any) -> str:
@@ -277,7 +312,9 @@ def _replace_invalid_utf8(connection: Any) -> None:
 
 
 def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
-    """Close a connection that waits beyond the deadline in `info`: a server that hangs does not close it."""
+    """Close a connection that waits beyond the deadline in `info`: a server that hangs
+    does not close it.
+    """
     from psycopg import OperationalError
 
     wait = connection.wait
@@ -294,7 +331,9 @@ def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
         except StopIteration as end:
             return end.value
 
-    connection.wait = lambda steps, *arguments, **options: wait(limited(steps), *arguments, **options)
+    connection.wait = lambda steps, *arguments, **options: wait(
+        limited(steps), *arguments, **options
+    )
 
 
 def _fetch(cursor: Any, statement: str, parameters: Any = ()) -> list[Any]:
@@ -316,13 +355,17 @@ def _transaction(cursor: Any) -> Iterator[None]:
 
 
 def _code(error: BaseException | None) -> object:
-    """Return the error number of MySQL and MariaDB, which have a SQLSTATE, too, or the SQLSTATE of PostgreSQL."""
+    """Return the error number of MySQL and MariaDB, which have a SQLSTATE, too, or the
+    SQLSTATE of PostgreSQL.
+    """
     number = error.args[0] if error and error.args else None
     return number if isinstance(number, int) else getattr(error, "sqlstate", None)
 
 
 def _message(error: BaseException) -> str:
-    """Return the driver's message in one line, without the statement, and without values, which may be an email."""
+    """Return the driver's message in one line, without the statement, and without
+    values, which may be an email.
+    """
     if isinstance(error, DBAPIError) and error.orig:
         error = error.orig
     if isinstance(error, configparser.Error):  # its message quotes a line of the file
@@ -331,7 +374,7 @@ def _message(error: BaseException) -> str:
     return re.sub("entry '.*' for", "entry for", " ".join(text.split()))
 
 
-# -- users -------------------------------------------------------------------------------------------------------------
+# -- users -----------------------------------------------------------------------------
 
 
 def _fold(email: str) -> str:
@@ -340,7 +383,9 @@ def _fold(email: str) -> str:
 
 
 class SQLAlchemyUsers(profiler.Users):
-    """The users in one database of a server. Threads and, after a fork, processes may share the object."""
+    """The users in one database of a server. Threads and, after a fork, processes may
+    share the object.
+    """
 
     def open(self, url: str) -> None:
         """Store the URL; connect to nothing yet. Raise ValueError."""
@@ -378,9 +423,16 @@ VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
             return self._run(insert)
 
     def page(
-        self, limit: int, after: int | None = None, descending: bool = False, email: str | None = None, text: str = ""
+        self,
+        limit: int,
+        after: int | None = None,
+        descending: bool = False,
+        email: str | None = None,
+        text: str = "",
     ) -> tuple[bytes, int | None]:
-        """Return one page of users as comma-separated JSON objects, and the last id if more follow."""
+        """Return one page of users as comma-separated JSON objects, and the last id if
+        more follow.
+        """
         conditions, parameters = ["TRUE"], dict[str, object](limit=limit + 1)
         if after is not None:
             conditions.append("id < %(after)s" if descending else "id > %(after)s")
@@ -389,7 +441,10 @@ VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
             conditions.append("email_key = %(email_key)s")
             parameters["email_key"] = _fold(email)
         if text:
-            columns = [self._dialect.contains.format(name) for name in ("first_name", "last_name", "email")]
+            columns = [
+                self._dialect.contains.format(name)
+                for name in ("first_name", "last_name", "email")
+            ]
             conditions.append(f"({' OR '.join(columns)})")
             parameters["pattern"] = "%" + re.sub("([!%_])", r"!\1", text) + "%"
         statement = f"""
@@ -414,7 +469,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         return str(rows[0][0])
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
-        """Change a user's names and email, those that are in `fields`. Raise NoSuchUser, EmailTaken, and as guard."""
+        """Change a user's names and email, those that are in `fields`. Raise
+        NoSuchUser, EmailTaken, and as guard.
+        """
         columns = dict(fields)
         if "email" in fields:
             columns["email_key"] = _fold(fields["email"])
@@ -428,12 +485,18 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         """Delete a user, if there is one with this id, which is never reused. Raise as guard."""
         self._write(f"DELETE FROM {self._table} WHERE id = %s", (user_id,), user_id, guard)
 
-    def replace_password_hash(self, user_id: int, old: str | None, new: str, guard: Guard | None = None) -> bool:
-        """Replace the hash if it still equals `old` (None: always). Return whether it did. Raise as guard."""
+    def replace_password_hash(
+        self, user_id: int, old: str | None, new: str, guard: Guard | None = None
+    ) -> bool:
+        """Replace the hash if it still equals `old` (None: always). Return whether it
+        did. Raise as guard.
+        """
         statement = f"UPDATE {self._table} SET password = %s WHERE id = %s"
         if old is None:
             return self._write(statement, (new, user_id), user_id, guard) > 0
-        return self._write(f"{statement} AND password = %s", (new, user_id, old), user_id, guard) > 0
+        return (
+            self._write(f"{statement} AND password = %s", (new, user_id, old), user_id, guard) > 0
+        )
 
     def count(self) -> int:
         """Return the number of users."""
@@ -444,7 +507,8 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         self._read(f"SELECT {self._columns}, password FROM {self._table} LIMIT 1")
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table; if it exists and `force` is true, drop it with its users first. Return whether it did.
+        """Create the table; if it exists and `force` is true, drop it with its users
+        first. Return whether it did.
 
         Raise FileExistsError if it holds users and `force` is false.
         """
@@ -458,21 +522,29 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     def backup(self, path: str) -> None:
         """Raise OSError: the server has its own program for that."""
-        raise OSError("a database server has its own program for that: use pg_dump, mariadb-dump or mysqldump")
+        raise OSError(
+            "a database server has its own program for that: use pg_dump, mariadb-dump or mysqldump"
+        )
 
     def close(self) -> None:
-        """Close this process's connections, those in use once they are returned. The next use opens new ones."""
+        """Close this process's connections, those in use once they are returned. The
+        next use opens new ones.
+        """
         self._valid_from = time.monotonic()
         self._engine.dispose()
 
     def reset_locks(self) -> None:
-        """Start without connections. A forked child drops those of its parent, but does not close them."""
+        """Start without connections. A forked child drops those of its parent, but does
+        not close them.
+        """
         super().reset_locks()
         self._engine.dispose(close=False)
 
     def _exists(self) -> bool:
         """Return whether the table exists."""
-        return bool(self._attempt(lambda cursor: _fetch(cursor, self._dialect.exists), is_read=True))
+        return bool(
+            self._attempt(lambda cursor: _fetch(cursor, self._dialect.exists), is_read=True)
+        )
 
     def _create_table(self) -> bool:
         """Create the table if it does not exist. Return whether it did."""
@@ -482,7 +554,8 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         try:
             self._attempt(lambda cursor: cursor.execute(statement))
         except Unavailable:
-            # Another process may have created it at the same moment, which databases report in many ways.
+            # Another process may have created it at the same moment, which databases
+            # report in many ways.
             for _ in range(ATTEMPTS):
                 time.sleep(PAUSE)
                 if self._exists():
@@ -492,7 +565,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     @contextlib.contextmanager
     def _email_taken(self, email: str | None, user_id: int = 0) -> Iterator[None]:
-        """Raise EmailTaken for a duplicate key in the block, but only if another user has the email."""
+        """Raise EmailTaken for a duplicate key in the block, but only if another user
+        has the email.
+        """
         try:
             yield
         except Unavailable as error:
@@ -506,7 +581,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         return self._run(lambda cursor: _fetch(cursor, statement, parameters), is_read=True)
 
     def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
-        """Return how many rows a statement has changed, once the guard has seen the user. Raise as guard."""
+        """Return how many rows a statement has changed, once the guard has seen the
+        user. Raise as guard.
+        """
 
         def write(cursor: Any) -> int:
             if guard is None:
@@ -521,7 +598,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         return self._run(write)
 
     def _run(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
-        """Return what `work` returns for a cursor, once there is a table. Raise Busy, Unavailable, WouldBlock."""
+        """Return what `work` returns for a cursor, once there is a table. Raise Busy,
+        Unavailable, WouldBlock.
+        """
         if not self._has_table:
             self._create_table()
             self._has_table = True
@@ -535,13 +614,16 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             try:
                 result = work(connection.cursor())
                 if not is_read and self._dialect.returning:
-                    # pgpool in raw mode has begun a transaction. If there is none, this sends nothing.
+                    # pgpool in raw mode has begun a transaction. If there is none, this
+                    # sends nothing.
                     connection.commit()
                 return result
             except self._driver.Error as error:
                 may_repeat = self._drop_if_useless(connection, error, is_read)
                 if not may_repeat or attempt == ATTEMPTS or time.monotonic() > start + RETRY_TIME:
-                    raise (Busy if _code(error) in ROLLED_BACK else Unavailable)(_message(error)) from error
+                    raise (Busy if _code(error) in ROLLED_BACK else Unavailable)(
+                        _message(error)
+                    ) from error
             except BaseException as error:
                 if not isinstance(error, Exception):  # the response may be unread
                     connection.invalidate()
@@ -551,8 +633,12 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             attempt += 1
             time.sleep(random.uniform(0, PAUSE))  # noqa: S311  # or two transactions might meet again
 
-    def _drop_if_useless(self, connection: PoolProxiedConnection, error: Any, is_read: bool) -> bool:
-        """Close a connection that should be replaced. Return whether it is safe to repeat what failed on it."""
+    def _drop_if_useless(
+        self, connection: PoolProxiedConnection, error: Any, is_read: bool
+    ) -> bool:
+        """Close a connection that should be replaced. Return whether it is safe to
+        repeat what failed on it.
+        """
         code = _code(error)
         is_lost = self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
         if is_lost or code in READ_ONLY:
@@ -570,7 +656,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
                 connection = self._engine.raw_connection()
             except sqlalchemy.exc.TimeoutError:
                 raise Busy(f"all {POOL_SIZE} connections to the database are in use") from None
-            except Exception as error:  # drivers raise a TypeError for an unknown option, and others
+            except (
+                Exception
+            ) as error:  # drivers raise a TypeError for an unknown option, and others
                 raise Unavailable(_message(error)) from None
             connection.info["deadline"] = start + TIMEOUT + GRACE
             if self._is_usable(connection, is_read):
@@ -591,7 +679,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             return False
 
     def _return(self, connection: PoolProxiedConnection) -> None:
-        """Return a connection to the pool, or close it if it was opened before an outage or before close()."""
+        """Return a connection to the pool, or close it if it was opened before an
+        outage or before close().
+        """
         if connection.is_valid:
             connection.info.update(deadline=float("inf"), used=time.monotonic())
             if connection.info["opened"] < self._valid_from:
@@ -599,11 +689,19 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         connection.close()
 
 
-# -- copying -----------------------------------------------------------------------------------------------------------
-# All users or none, between any two databases. Rows are read as they are served, inserted, and read from the target: a
-# value that would be served differently afterwards, such as a time with a zone, is an error.
+# -- copying ---------------------------------------------------------------------------
+# All users or none, between any two databases. Rows are read as they are served,
+# inserted, and read from the target: a value that would be served differently
+# afterwards, such as a time with a zone, is an error.
 
-_FIELDS = ("id", "first_name", "last_name", "email", "password", "created_on")  # in the order of rows
+_FIELDS = (
+    "id",
+    "first_name",
+    "last_name",
+    "email",
+    "password",
+    "created_on",
+)  # in the order of rows
 
 
 class _Side:
@@ -619,12 +717,19 @@ class _Side:
 
     def execute(self, statement: str, parameters: Any = None, **options: Any) -> Any:
         """Execute a statement with parameters such as :id."""
-        return self.connection.execute(sqlalchemy.text(statement), parameters, execution_options=options)
+        return self.connection.execute(
+            sqlalchemy.text(statement), parameters, execution_options=options
+        )
 
     def last_id(self) -> int:
         """Return the highest id that was ever used, perhaps by a user who was deleted since."""
         last_id = self.execute(f"SELECT max(id) FROM {self.dialect.table}").scalar() or 0
-        if self.is_sqlite and not self.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").first():
+        if (
+            self.is_sqlite
+            and not self.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'"
+            ).first()
+        ):
             return int(last_id)
         row: Sequence[Any] = self.execute(self.dialect.last_id).first() or (0,)
         if len(row) > 1:  # MySQL's row ends with the statement that would create the table
@@ -640,7 +745,9 @@ class _Side:
             self.execute(self.dialect.set_last_id.format(last_id, last_id + 1))
 
     def insert(self, rows: list[tuple[Any, ...]]) -> None:
-        """Insert rows. Raise ValueError, which names the first user who cannot be stored; SQLAlchemyError."""
+        """Insert rows. Raise ValueError, which names the first user who cannot be
+        stored; SQLAlchemyError.
+        """
         names = _FIELDS if self.is_sqlite else (*_FIELDS, "email_key")
         values = ", ".join(f":{name}" for name in names)
         statement = f"INSERT INTO {self.dialect.table} ({', '.join(names)}) VALUES ({values})"
@@ -660,31 +767,47 @@ class _Side:
     def check(self, rows: list[tuple[Any, ...]]) -> None:
         """Raise ValueError, which names the first user who is not served as in these rows."""
         condition = "WHERE id BETWEEN :first AND :last ORDER BY id"
-        stored = self.execute(f"{self.select} {condition}", {"first": rows[0][0], "last": rows[-1][0]}).all()
+        stored = self.execute(
+            f"{self.select} {condition}", {"first": rows[0][0], "last": rows[-1][0]}
+        ).all()
         stored_rows = {row[0]: tuple(row) for row in stored}
         for row in rows:
-            changed = [name for name, old, new in zip(_FIELDS, row, stored_rows.get(row[0], ("",) * 6)) if old != new]
+            changed = [
+                name
+                for name, old, new in zip(_FIELDS, row, stored_rows.get(row[0], ("",) * 6))
+                if old != new
+            ]
             if changed:
                 raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
 
 
 def copy(source: profiler.Users, target: profiler.Users) -> str:
-    """Copy all users, with ids, password hashes and times, or none. Return a sentence about it.
+    """Copy all users, with ids, password hashes and times, or none. Return a sentence
+    about it.
 
-    Raise ValueError if the target holds users or cannot store one; Unavailable, SQLAlchemyError, sqlite3.Error.
+    Raise ValueError if the target holds users or cannot store one; Unavailable,
+    SQLAlchemyError, sqlite3.Error.
     """
     if source.location == target.location:
         raise ValueError(f"{target.location} is both source and target")
-    if not (source._exists() if isinstance(source, SQLAlchemyUsers) else os.path.exists(source.location)):
+    if not (
+        source._exists()
+        if isinstance(source, SQLAlchemyUsers)
+        else os.path.exists(source.location)
+    ):
         raise FileNotFoundError(f"{source.location} does not exist, or has no table of users")
     if count := target.count():
-        raise ValueError(f"{target.location} holds users already ({count}): choose a target without any")
+        raise ValueError(
+            f"{target.location} holds users already ({count}): choose a target without any"
+        )
     with _connect(source) as old, _connect(target) as new:
         # First, because MySQL's ALTER TABLE commits what precedes it.
         new.set_last_id(max(old.last_id(), new.last_id()))
         copied = _copy_rows(old, new, source.count())
         if copied != source.count():
-            raise ValueError(f"{source.location} has changed meanwhile: stop the service, and copy again")
+            raise ValueError(
+                f"{source.location} has changed meanwhile: stop the service, and copy again"
+            )
     return f"Copied all users ({copied}) from {source.location} to {target.location}."
 
 
@@ -692,7 +815,9 @@ def copy(source: profiler.Users, target: profiler.Users) -> str:
 def _connect(users: profiler.Users) -> Iterator[_Side]:
     """Open a transaction for a copy. Commit at the end of the block, roll back if it raises."""
     if isinstance(users, SQLAlchemyUsers):
-        with users._engine.execution_options(isolation_level="REPEATABLE READ").begin() as connection:
+        with users._engine.execution_options(
+            isolation_level="REPEATABLE READ"
+        ).begin() as connection:
             yield _Side(users, connection)
         return
     engine = sqlalchemy.create_engine(URL.create("sqlite", database=users.location))
@@ -704,7 +829,9 @@ def _connect(users: profiler.Users) -> Iterator[_Side]:
 
 
 def _copy_rows(old: _Side, new: _Side, total: int) -> int:
-    """Copy all rows, with a progress bar on a terminal. Return how many. Raise as _Side.insert and _Side.check."""
+    """Copy all rows, with a progress bar on a terminal. Return how many. Raise as
+    _Side.insert and _Side.check.
+    """
     from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]  # only needed here
 
     copied, statement = 0, f"{old.select} ORDER BY id"
@@ -719,7 +846,7 @@ def _copy_rows(old: _Side, new: _Side, total: int) -> int:
     return copied
 
 
-# -- application and command line --------------------------------------------------------------------------------------
+# -- application and command line ------------------------------------------------------
 
 
 def create_app(
@@ -729,15 +856,21 @@ def create_app(
     token: str | None = None,
     anonymous: bool | None = None,
 ) -> profiler.Application:
-    """Return a WSGI application as profiler.create_app does; the database may be a URL, too. Raise ValueError."""
+    """Return a WSGI application as profiler.create_app does; the database may be a URL,
+    too. Raise ValueError.
+    """
     return profiler.Application(open_database(database, iterations), token, anonymous)
 
 
 application = app = profiler.create_on_first_use(create_app)
 
 
-def open_database(database: Path | None = None, iterations: int | str | None = None) -> profiler.Users:
-    """Return the users in the database of a URL or a path, with the defaults of profiler.Users. Raise ValueError."""
+def open_database(
+    database: Path | None = None, iterations: int | str | None = None
+) -> profiler.Users:
+    """Return the users in the database of a URL or a path, with the defaults of
+    profiler.Users. Raise ValueError.
+    """
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or None
     is_url = "://" in os.fsdecode(database or "")
@@ -745,13 +878,21 @@ def open_database(database: Path | None = None, iterations: int | str | None = N
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command (default: sys.argv). Exit with 2 for an invalid setting, with 1 for a failure."""
-    logging.getLogger("psycopg").addHandler(logging.NullHandler())  # it would report a lost connection, too
+    """Run a command (default: sys.argv). Exit with 2 for an invalid setting, with 1 for
+    a failure.
+    """
+    logging.getLogger("psycopg").addHandler(
+        logging.NullHandler()
+    )  # it would report a lost connection, too
     database = "a path, or a URL of PostgreSQL, MySQL or MariaDB"
     parser, commands = profiler.make_parser("profiler-sqlalchemy", database)
-    command = commands.add_parser("copy", help="copy all users to another database", allow_abbrev=False)
+    command = commands.add_parser(
+        "copy", help="copy all users to another database", allow_abbrev=False
+    )
     command.add_argument("source", metavar="SOURCE", help=database)
-    command.add_argument("target", metavar="TARGET", nargs="?", help="one without users (default: --database)")
+    command.add_argument(
+        "target", metavar="TARGET", nargs="?", help="one without users (default: --database)"
+    )
     command.set_defaults(run=_copy)
     profiler.run_command(parser, argv, open_database)
 
@@ -762,7 +903,14 @@ def _copy(arguments: argparse.Namespace, users: profiler.Users) -> None:
             target = open_database(arguments.target) if arguments.target else users
             with contextlib.closing(target):
                 print(copy(source, target))
-    except (ValueError, OSError, Unavailable, SQLAlchemyError, sqlite3.Error, ImportError) as error:
+    except (
+        ValueError,
+        OSError,
+        Unavailable,
+        SQLAlchemyError,
+        sqlite3.Error,
+        ImportError,
+    ) as error:
         sys.exit(f"profiler: {_message(error).rstrip('.')}. Nothing was copied.")
     except KeyboardInterrupt:
         sys.exit("profiler: interrupted. Nothing was copied.")

@@ -1,6 +1,7 @@
 """What a client sees on any storage: the endpoints, their errors, and who may use them.
 
-tests/test_sqlalchemy.py runs these tests on other databases, with its own fixtures. All other tests are in tests/.
+tests/test_sqlalchemy.py runs these tests on other databases, with its own fixtures. All
+other tests are in tests/.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def insert(users, *names):
         users.insert("First", name, f"{users.count() + 1}@example.com", "x")
 
 
-# -- create ------------------------------------------------------------------------------------------------------------
+# -- create ----------------------------------------------------------------------------
 
 
 def test_create_returns_201_with_id_and_location(client):
@@ -56,8 +57,15 @@ def test_create_returns_201_with_id_and_location(client):
 def test_create_stores_the_fields_and_ignores_others(client):
     client.post_json("/users/", {**HARRY, "id": 7, "admin": True, "created_on": "1980-07-31"})
     user = client.get("/users/1/").json
-    assert re.fullmatch("20[0-9]{2}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}", user.pop("created_on"))
-    assert user == {"id": 1, "first_name": "Harry", "last_name": "Potter", "email": "harry@example.com"}
+    assert re.fullmatch(
+        "20[0-9]{2}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}", user.pop("created_on")
+    )
+    assert user == {
+        "id": 1,
+        "first_name": "Harry",
+        "last_name": "Potter",
+        "email": "harry@example.com",
+    }
 
 
 def test_create_stores_a_hash_of_the_password(client, users):
@@ -79,7 +87,9 @@ def test_create_with_taken_email_returns_400_in_any_case(client, users, email):
     assert users.count() == 1
 
 
-@pytest.mark.parametrize(("email", "other"), [("é@x.y", "É@x.y"), ("ß@x.y", "ss@x.y"), ("İ@x.y", "i@x.y")])
+@pytest.mark.parametrize(
+    ("email", "other"), [("é@x.y", "É@x.y"), ("ß@x.y", "ss@x.y"), ("İ@x.y", "i@x.y")]
+)
 def test_case_of_non_ascii_letters_in_emails_matters(client, email, other):
     client.post_json("/users/", {**HARRY, "email": email}, status=201)
     client.post_json("/users/", {**HARRY, "email": other}, status=201)
@@ -99,14 +109,18 @@ def test_taken_email_is_rejected_before_the_password_is_hashed(client, monkeypat
 
 def test_email_taken_while_the_password_is_hashed_returns_400(application, users, monkeypatch):
     email = HARRY["email"].upper()
-    monkeypatch.setattr(profiler, "hash_password", lambda *_: users.insert("R", "W", email, "x") and "hash")
+    monkeypatch.setattr(
+        profiler, "hash_password", lambda *_: users.insert("R", "W", email, "x") and "hash"
+    )
     answer = post(application)
     assert (answer.status, answer.json, users.count()) == (400, TAKEN, 1)
 
 
 def test_concurrent_creates_with_the_same_email_store_one_user(application, users):
     def create(number):
-        return call(application, "POST", fields={**HARRY, "email": f"{number % 5}@example.com"}).status
+        return call(
+            application, "POST", fields={**HARRY, "email": f"{number % 5}@example.com"}
+        ).status
 
     assert sorted(in_threads(create, 40)) == [201] * 5 + [400] * 35
     assert users.count() == 5
@@ -117,10 +131,14 @@ def test_concurrent_creates_with_the_same_email_store_one_user(application, user
 )
 def test_names_are_returned_as_they_were_sent(client, name):
     client.post_json("/users/", {**HARRY, "first_name": name})
-    assert client.get("/users/1/").json["first_name"] == client.get("/users/").json[0]["first_name"] == name
+    assert (
+        client.get("/users/1/").json["first_name"]
+        == client.get("/users/").json[0]["first_name"]
+        == name
+    )
 
 
-# -- import ------------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------
 
 PROFILE = {name: value for name, value in HARRY.items() if name != "password"}
 # Hashes of "swordfish", by Werkzeug 3.1, Django 5.2 and passlib 1.7.
@@ -161,7 +179,9 @@ def test_imported_hash_in_own_format_is_kept(client, users):
 @pytest.mark.parametrize("password_hash", [FOREIGN["django scrypt"], WERKZEUG])
 def test_password_of_imported_user_can_be_changed(client, password_hash):
     client.post_json("/users/", {**PROFILE, "password_hash": password_hash})
-    client.put_json("/users/1/password/", {"old_password": "swordfish", "new_password": "1234"}, status=204)
+    client.put_json(
+        "/users/1/password/", {"old_password": "swordfish", "new_password": "1234"}, status=204
+    )
     client.post_json("/users/verify/", HARRY, status=200)
 
 
@@ -187,18 +207,25 @@ def test_import_of_unsupported_hash_returns_400(client, users, password_hash):
 
 @pytest.mark.parametrize("password", ["1234", "", None])
 def test_create_with_password_and_password_hash_returns_400(client, password):
-    answer = client.post_json("/users/", {**PROFILE, "password": password, "password_hash": WERKZEUG}, status=400)
+    answer = client.post_json(
+        "/users/", {**PROFILE, "password": password, "password_hash": WERKZEUG}, status=400
+    )
     assert answer.json["error"].startswith("password_hash")
 
 
 def test_import_checks_the_other_fields(client):
     client.post_json("/users/", HARRY)
     client.post_json("/users/", {"password_hash": WERKZEUG}, status=400)
-    client.post_json("/users/", {**PROFILE, "email": "harry", "password_hash": WERKZEUG}, status=400)
-    assert client.post_json("/users/", {**PROFILE, "password_hash": WERKZEUG}, status=400).json == TAKEN
+    client.post_json(
+        "/users/", {**PROFILE, "email": "harry", "password_hash": WERKZEUG}, status=400
+    )
+    assert (
+        client.post_json("/users/", {**PROFILE, "password_hash": WERKZEUG}, status=400).json
+        == TAKEN
+    )
 
 
-# -- get, update, delete -----------------------------------------------------------------------------------------------
+# -- get, update, delete ---------------------------------------------------------------
 
 
 def test_get_returns_the_public_fields(client):
@@ -214,7 +241,9 @@ def test_get_unknown_id_returns_404(client):
 def test_put_changes_names_and_email_only(client, users):
     client.post_json("/users/", HARRY)
     user, password_hash = client.get("/users/1/").json, users.get_password_hash(1)
-    assert client.put_json("/users/1/", {**RON, "password": ["ignored"], "password_hash": WERKZEUG}).json == {"id": 1}
+    assert client.put_json(
+        "/users/1/", {**RON, "password": ["ignored"], "password_hash": WERKZEUG}
+    ).json == {"id": 1}
     expected = {**user, "first_name": "Ron", "last_name": "Weasley", "email": "ron@example.com"}
     assert (client.get("/users/1/").json, users.get_password_hash(1)) == (expected, password_hash)
 
@@ -237,7 +266,9 @@ def test_put_may_keep_the_email_or_change_its_case(client):
 def test_update_to_taken_email_returns_400(application, email, method):
     post(application)
     call(application, "POST", fields=RON)
-    answer = call(application, method, "/users/2/", fields={**RON, "first_name": "R.", "email": email})
+    answer = call(
+        application, method, "/users/2/", fields={**RON, "first_name": "R.", "email": email}
+    )
     assert (answer.status, answer.json) == (400, TAKEN)
     assert call(application, path="/users/2/").json["first_name"] == "Ron"
 
@@ -263,10 +294,16 @@ def test_patch_may_change_several_fields(client):
     client.post_json("/users/", HARRY)
     client.patch_json("/users/1/", {"first_name": "Ron", "email": "HARRY@example.com"}, status=200)
     user = client.get("/users/1/").json
-    assert (user["first_name"], user["last_name"], user["email"]) == ("Ron", "Potter", "HARRY@example.com")
+    assert (user["first_name"], user["last_name"], user["email"]) == (
+        "Ron",
+        "Potter",
+        "HARRY@example.com",
+    )
 
 
-@pytest.mark.parametrize("fields", [{}, {"password": "x", "password_hash": WERKZEUG, "id": 7, "created_on": None}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"password": "x", "password_hash": WERKZEUG, "id": 7, "created_on": None}]
+)
 def test_patch_without_fields_of_a_profile_changes_nothing(client, users, fields):
     client.post_json("/users/", HARRY)
     user, password_hash = client.get("/users/1/").json, users.get_password_hash(1)
@@ -283,7 +320,9 @@ def test_empty_patch_of_unknown_id_returns_404(client):
 def test_patch_with_invalid_value_returns_400_naming_the_field(client, name, value):
     client.post_json("/users/", HARRY)
     user = client.get("/users/1/").json
-    answer = client.patch_json("/users/1/", {"first_name": "H.", "last_name": "P.", name: value}, status=400)
+    answer = client.patch_json(
+        "/users/1/", {"first_name": "H.", "last_name": "P.", name: value}, status=400
+    )
     assert answer.json["error"].startswith(f"{name} must")
     assert client.get("/users/1/").json == user
 
@@ -291,10 +330,22 @@ def test_patch_with_invalid_value_returns_400_naming_the_field(client, name, val
 def test_patch_accepts_merge_patch_json(application):
     post(application)
     media_type = {"CONTENT_TYPE": "application/merge-patch+json; charset=utf-8"}
-    assert call(application, "PATCH", "/users/1/", fields={"last_name": "P."}, **media_type).status == 200
+    assert (
+        call(application, "PATCH", "/users/1/", fields={"last_name": "P."}, **media_type).status
+        == 200
+    )
     assert call(application, path="/users/1/").json["last_name"] == "P."
     assert call(application, "PUT", "/users/1/", fields=HARRY, **media_type).status == 415
-    assert call(application, "PATCH", "/users/1/", fields={}, CONTENT_TYPE="application/json-patch+json").status == 415
+    assert (
+        call(
+            application,
+            "PATCH",
+            "/users/1/",
+            fields={},
+            CONTENT_TYPE="application/json-patch+json",
+        ).status
+        == 415
+    )
 
 
 def test_concurrent_patches_of_different_fields_are_all_stored(application):
@@ -302,13 +353,17 @@ def test_concurrent_patches_of_different_fields_are_all_stored(application):
 
     def patch(number):
         name = ["first_name", "last_name", "email"][number % 3]
-        return call(application, "PATCH", "/users/1/", fields={name: f"{number // 3}@example.com"}).status
+        return call(
+            application, "PATCH", "/users/1/", fields={name: f"{number // 3}@example.com"}
+        ).status
 
     for first in range(0, 30, 3):
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(patch, range(first, first + 3))) == [200] * 3
         user = call(application, path="/users/1/").json
-        assert {user["first_name"], user["last_name"], user["email"]} == {f"{first // 3}@example.com"}
+        assert {user["first_name"], user["last_name"], user["email"]} == {
+            f"{first // 3}@example.com"
+        }
 
 
 def test_delete_returns_204_whether_the_user_existed_or_not(client, users):
@@ -318,7 +373,7 @@ def test_delete_returns_204_whether_the_user_existed_or_not(client, users):
     assert [user["id"] for user in client.get("/users/").json] == [2]
 
 
-# -- passwords ---------------------------------------------------------------------------------------------------------
+# -- passwords -------------------------------------------------------------------------
 
 
 def change(application, old, new, user_id=1, **environ):
@@ -327,20 +382,34 @@ def change(application, old, new, user_id=1, **environ):
 
 
 def reset(application, new, user_id=1, **environ):
-    return call(application, "PUT", f"/users/{user_id}/password/reset/", fields={"new_password": new}, **environ)
+    return call(
+        application,
+        "PUT",
+        f"/users/{user_id}/password/reset/",
+        fields={"new_password": new},
+        **environ,
+    )
 
 
 def verify(application, password="1234", email="harry@example.com"):
-    return call(application, "POST", "/users/verify/", fields={"email": email, "password": password})
+    return call(
+        application, "POST", "/users/verify/", fields={"email": email, "password": password}
+    )
 
 
 def test_verify_returns_the_id(application):
     call(application, "POST", fields=RON)
     post(application)
-    assert verify(application).json == verify(application, email="HARRY@example.com").json == {"id": 2}
+    assert (
+        verify(application).json
+        == verify(application, email="HARRY@example.com").json
+        == {"id": 2}
+    )
 
 
-@pytest.mark.parametrize("fields", [{**HARRY, "password": "12345"}, {**HARRY, "password": "123"}, RON])
+@pytest.mark.parametrize(
+    "fields", [{**HARRY, "password": "12345"}, {**HARRY, "password": "123"}, RON]
+)
 def test_wrong_password_and_unknown_email_return_the_same_403(client, fields):
     client.post_json("/users/", HARRY)
     assert client.post_json("/users/verify/", fields, status=403).json == WRONG
@@ -349,7 +418,9 @@ def test_wrong_password_and_unknown_email_return_the_same_403(client, fields):
 def test_composed_and_decomposed_letters_are_the_same_password(application):
     """NFC and NFD: macOS types one, Windows the other."""
     call(application, "POST", fields={**HARRY, "password": "p\u00e4ss"})
-    assert verify(application, "pa\u0308ss").status == verify(application, "p\u00e4ss").status == 200
+    assert (
+        verify(application, "pa\u0308ss").status == verify(application, "p\u00e4ss").status == 200
+    )
     assert change(application, "pa\u0308ss", "e\u0301").status == 204
     assert verify(application, "\u00e9").status == 200
 
@@ -358,7 +429,9 @@ def test_password_may_contain_anything_but_nul(application):
     assert call(application, "POST", fields={**HARRY, "password": "a\0"}).error == (
         "password must not contain the NUL character"
     )
-    assert call(application, "POST", fields={**HARRY, "password": " \n\x7f ż🐍\u200b"}).status == 201
+    assert (
+        call(application, "POST", fields={**HARRY, "password": " \n\x7f ż🐍\u200b"}).status == 201
+    )
     assert verify(application, " \n\x7f ż🐍\u200b").status == 200
     assert verify(application, " \n\x7f ż🐍").status == 403
 
@@ -400,7 +473,12 @@ def test_reset_password_changes_one_user_only(application):
 
 
 def test_reset_replaces_a_hash_that_cannot_be_verified(application, users):
-    users.insert("H", "P", "harry@example.com", "$2b$12$R9h/cIPz0gi.URNNX3kh2OPST9/PgBkqquzi.Ss7KIUgO2t0jWMUW")
+    users.insert(
+        "H",
+        "P",
+        "harry@example.com",
+        "$2b$12$R9h/cIPz0gi.URNNX3kh2OPST9/PgBkqquzi.Ss7KIUgO2t0jWMUW",
+    )
     assert verify(application).status == 403
     assert reset(application, "1234").status == 204
     assert verify(application).status == 200
@@ -415,7 +493,9 @@ def test_reset_during_a_password_change_wins(application, users, monkeypatch):
     post(application)
     theirs = profiler.hash_password("theirs", 1)
     monkeypatch.setattr(
-        profiler, "hash_password", lambda *_: users.replace_password_hash(1, None, theirs) and "the change's"
+        profiler,
+        "hash_password",
+        lambda *_: users.replace_password_hash(1, None, theirs) and "the change's",
     )
     assert change(application, "1234", "ours").status == 403
     assert users.get_password_hash(1) == theirs
@@ -424,7 +504,11 @@ def test_reset_during_a_password_change_wins(application, users, monkeypatch):
 def test_change_during_a_reset_is_overwritten(application, users, monkeypatch):
     post(application)
     ours = profiler.hash_password("ours", 1)
-    monkeypatch.setattr(profiler, "hash_password", lambda *_: users.replace_password_hash(1, None, "theirs") and ours)
+    monkeypatch.setattr(
+        profiler,
+        "hash_password",
+        lambda *_: users.replace_password_hash(1, None, "theirs") and ours,
+    )
     assert reset(application, "ours").status == 204
     assert users.get_password_hash(1) == ours
 
@@ -440,10 +524,15 @@ def test_user_deleted_during_a_reset_returns_404(application, users, monkeypatch
 def test_invalid_password_returns_400(application, name, value):
     post(application)
     fields = {"old_password": "1234", "new_password": "5678", name: value}
-    for path_info in ("/users/1/password/", "/users/1/password/reset/")[: 1 if name == "old_password" else 2]:
+    for path_info in ("/users/1/password/", "/users/1/password/reset/")[
+        : 1 if name == "old_password" else 2
+    ]:
         answer = call(application, "PUT", path_info, fields=fields)
         assert answer.status == 400
-        assert answer.error.startswith(f"{name} must") or answer.error == "Required fields are missing"
+        assert (
+            answer.error.startswith(f"{name} must")
+            or answer.error == "Required fields are missing"
+        )
 
 
 def test_hash_with_fewer_iterations_is_replaced_after_verification(application, users):
@@ -458,7 +547,9 @@ def test_hash_with_fewer_iterations_is_replaced_after_verification(application, 
 def test_hash_changed_during_verification_is_not_replaced(application, users, monkeypatch):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     replace = users.replace_password_hash
-    monkeypatch.setattr(profiler, "hash_password", lambda *_: replace(1, weak, "theirs") and "ours")
+    monkeypatch.setattr(
+        profiler, "hash_password", lambda *_: replace(1, weak, "theirs") and "ours"
+    )
     assert verify(application).status == 200
     assert users.get_password_hash(1) == "theirs"
 
@@ -473,7 +564,7 @@ def test_verify_succeeds_even_if_the_new_hash_cannot_be_stored(application, user
     assert verify(application).status == 200
 
 
-# -- rate limit --------------------------------------------------------------------------------------------------------
+# -- rate limit ------------------------------------------------------------------------
 
 
 def guess(application, count=profiler.MAX_FAILURES, **account):
@@ -528,7 +619,9 @@ def test_unknown_emails_are_limited_like_known_ones(application, email):
 def test_emails_that_differ_in_the_case_of_other_letters_are_counted_apart(application, known):
     """They are two accounts. Otherwise a 429 would reveal that one of them is not known."""
     if known:
-        assert call(application, "POST", fields={**HARRY, "email": "Élan@example.com"}).status == 201
+        assert (
+            call(application, "POST", fields={**HARRY, "email": "Élan@example.com"}).status == 201
+        )
     guess(application, email="Élan@example.com")
     assert guess(application, 1, email="élan@example.com") == [403]
 
@@ -588,7 +681,7 @@ def test_reset_password_lifts_the_limit(application):
     assert verify(application, "5678").status == 200
 
 
-# -- conditional requests ----------------------------------------------------------------------------------------------
+# -- conditional requests --------------------------------------------------------------
 
 
 def entity_tag(application):
@@ -597,9 +690,22 @@ def entity_tag(application):
 
 # The requests that change a user. The value is the status without a precondition.
 WRITES = {
-    "put": (lambda application, **environ: call(application, "PUT", "/users/1/", fields=RON, **environ), 200),
-    "patch": (lambda application, **environ: call(application, "PATCH", "/users/1/", fields=RON, **environ), 200),
-    "delete": (lambda application, **environ: call(application, "DELETE", "/users/1/", **environ), 204),
+    "put": (
+        lambda application, **environ: call(
+            application, "PUT", "/users/1/", fields=RON, **environ
+        ),
+        200,
+    ),
+    "patch": (
+        lambda application, **environ: call(
+            application, "PATCH", "/users/1/", fields=RON, **environ
+        ),
+        200,
+    ),
+    "delete": (
+        lambda application, **environ: call(application, "DELETE", "/users/1/", **environ),
+        204,
+    ),
     "change": (lambda application, **environ: change(application, "1234", "5678", **environ), 204),
     "reset": (lambda application, **environ: reset(application, "5678", **environ), 204),
 }
@@ -619,14 +725,21 @@ def test_false_precondition_returns_412_and_changes_nothing(application, users, 
 def test_true_precondition_is_like_none(application, name):
     post(application)
     write, status = WRITES[name]
-    assert write(application, HTTP_IF_MATCH=entity_tag(application), HTTP_IF_NONE_MATCH='"other"').status == status
+    assert (
+        write(
+            application, HTTP_IF_MATCH=entity_tag(application), HTTP_IF_NONE_MATCH='"other"'
+        ).status
+        == status
+    )
 
 
 def test_second_of_two_editors_gets_412(client):
     client.post_json("/users/", HARRY)
     headers = {"If-Match": client.get("/users/1/").headers["ETag"]}
     client.put_json("/users/1/", {**HARRY, "first_name": "First"}, headers=headers, status=200)
-    answer = client.put_json("/users/1/", {**HARRY, "first_name": "Second"}, headers=headers, status=412)
+    answer = client.put_json(
+        "/users/1/", {**HARRY, "first_name": "Second"}, headers=headers, status=412
+    )
     assert "changed" in answer.json["error"]
     client.delete("/users/1/", headers=headers, status=412)
     assert client.get("/users/1/").json["first_name"] == "First"
@@ -646,7 +759,13 @@ def test_concurrent_edits_of_one_version_have_one_winner(application, method):
 
 def test_unknown_id_returns_404_despite_a_false_precondition(application):
     """RFC 9110 13.2.1. Only DELETE would have succeeded."""
-    for name, status in [("put", 404), ("patch", 404), ("change", 404), ("reset", 404), ("delete", 412)]:
+    for name, status in [
+        ("put", 404),
+        ("patch", 404),
+        ("change", 404),
+        ("reset", 404),
+        ("delete", 412),
+    ]:
         assert WRITES[name][0](application, HTTP_IF_MATCH="*").status == status
     assert call(application, path="/users/1/", HTTP_IF_MATCH="*").status == 404
     assert call(application, "DELETE", "/users/1/", HTTP_IF_NONE_MATCH="*").status == 204
@@ -659,12 +778,14 @@ def test_etag_changes_only_with_the_user(client):
     client.put_json("/users/1/password/", {"old_password": "1234", "new_password": "5"})
     client.post_json("/users/", RON)
     client.patch_json("/users/1/", {})
-    assert client.get("/users/1/").headers["ETag"] == client.head("/users/1/").headers["ETag"] == tag
+    assert (
+        client.get("/users/1/").headers["ETag"] == client.head("/users/1/").headers["ETag"] == tag
+    )
     client.put_json("/users/1/", {**HARRY, "last_name": "Evans"})
     assert client.get("/users/1/").headers["ETag"] != tag
 
 
-# -- list --------------------------------------------------------------------------------------------------------------
+# -- list ------------------------------------------------------------------------------
 
 
 def ids(client, query=""):
@@ -697,7 +818,9 @@ def pages(client, users):
     return client
 
 
-@pytest.mark.parametrize("url", ["/users/?limit=10", "/users?limit=10", "/users/?limit=10&sort=id"])
+@pytest.mark.parametrize(
+    "url", ["/users/?limit=10", "/users?limit=10", "/users/?limit=10&sort=id"]
+)
 def test_pages_return_each_user_once(pages, url):
     assert follow(pages, url) == [list(range(1, 11)), list(range(11, 21)), list(range(21, 26))]
 
@@ -720,7 +843,12 @@ def test_full_last_page_has_no_link(pages):
 
 
 def test_page_after_the_last_user_is_empty(pages):
-    for query in ("?limit=1&after=25", "?limit=1&after=1&sort=-id", f"?after={profiler.MAX_ID}", "?after=0&sort=-id"):
+    for query in (
+        "?limit=1&after=25",
+        "?limit=1&after=1&sort=-id",
+        f"?after={profiler.MAX_ID}",
+        "?after=0&sort=-id",
+    ):
         assert ids(pages, query) == []
 
 
@@ -732,7 +860,9 @@ def test_after_without_limit_returns_all_following_users(pages):
 
 @pytest.mark.parametrize("sort", ["", "email", "-Id", "id,-id"])
 def test_unknown_sort_returns_400(client, sort):
-    assert client.get(f"/users/?sort={sort}", status=400).json == {"error": "sort must be id or -id"}
+    assert client.get(f"/users/?sort={sort}", status=400).json == {
+        "error": "sort must be id or -id"
+    }
 
 
 @pytest.mark.parametrize("email", ["7@example.com", "7@Example.COM", "7%40example.com"])
@@ -758,7 +888,9 @@ def test_plus_in_an_email_is_literal(client, query):
     assert ids(client, f"?email={query}") == [1]
 
 
-@pytest.mark.parametrize("query", ["email=%C5%BC%C3%B3%C5%82w@EXAMPLE.com", "email=żółw@example.com"])
+@pytest.mark.parametrize(
+    "query", ["email=%C5%BC%C3%B3%C5%82w@EXAMPLE.com", "email=żółw@example.com"]
+)
 def test_email_parameter_may_contain_any_letters(application, query):
     call(application, "POST", fields={**HARRY, "email": "żółw@example.com"})
     assert len(call(application, QUERY_STRING=query.encode().decode("latin-1")).json) == 1
@@ -767,7 +899,10 @@ def test_email_parameter_may_contain_any_letters(application, query):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("limit", ["", "0", "-1", "1001", "1.0", "ten", "+1", "%D9%A3", "9" * 5000, "1%0A", "1,2"]),
+        (
+            "limit",
+            ["", "0", "-1", "1001", "1.0", "ten", "+1", "%D9%A3", "9" * 5000, "1%0A", "1,2"],
+        ),
         ("after", ["", "-1", "9223372036854775808", "0x1", "0" * 5000, "x", "x&limit=5"]),
         ("email", ["", "harry", "a@b@c", "a%20b@c", "%00@b", "%FF@%0A", "a@b%E2%80%8B"]),
         ("q", ["%00", "a%0Ab", "%C2%85", "a" * 256]),
@@ -775,17 +910,23 @@ def test_email_parameter_may_contain_any_letters(application, query):
 )
 def test_invalid_parameter_returns_400_naming_it(client, name, values):
     for value in values:
-        assert client.get(f"/users/?{name}={value}", status=400).json["error"].startswith(f"{name} must"), value
+        assert (
+            client.get(f"/users/?{name}={value}", status=400)
+            .json["error"]
+            .startswith(f"{name} must")
+        ), value
 
 
-@pytest.mark.parametrize("query", ["", "page=2", "Limit=1", "&&=&a", "first_name=Harry", "%", "\u00ff", "Q=x", "q"])
+@pytest.mark.parametrize(
+    "query", ["", "page=2", "Limit=1", "&&=&a", "first_name=Harry", "%", "\u00ff", "Q=x", "q"]
+)
 def test_unknown_parameters_are_ignored(application, users, query):
     insert(users, "A", "B")
     answer = call(application, QUERY_STRING=query)
     assert (answer.status, len(answer.json), "Link" in answer.headers) == (200, 2, False)
 
 
-# -- search ------------------------------------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -855,7 +996,10 @@ def test_search_combines_with_the_other_parameters(people):
 def test_search_pages_link_to_each_other(people):
     assert follow(people, "/users/?q=%40example.com&limit=2") == [[1, 3], [4, 5]]
     assert follow(people, "/users/?q=%40example.com&limit=3&sort=-id") == [[5, 4, 3], [1]]
-    assert people.get("/users/?limit=1&q=%40e").headers["Link"] == '</users/?limit=1&after=1&q=%40e>; rel="next"'
+    assert (
+        people.get("/users/?limit=1&q=%40e").headers["Link"]
+        == '</users/?limit=1&after=1&q=%40e>; rel="next"'
+    )
 
 
 def test_search_without_limit_returns_a_page(people, users, monkeypatch):
@@ -869,7 +1013,7 @@ def test_search_sees_changes_immediately(people):
     assert ids(people, "?q=potter") == [2, 3]
 
 
-# -- paths, methods, responses -----------------------------------------------------------------------------------------
+# -- paths, methods, responses ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -880,7 +1024,9 @@ def test_search_sees_changes_immediately(people):
         ("/a b\u00c3\u00a9\n", "/a%20b%C3%A9%0A/users/1/"),
     ],
 )
-def test_location_contains_the_mount_point_and_stays_on_the_host(application, mount_point, location):
+def test_location_contains_the_mount_point_and_stays_on_the_host(
+    application, mount_point, location
+):
     assert post(application, SCRIPT_NAME=mount_point).headers["Location"] == location
 
 
@@ -896,7 +1042,9 @@ def test_trailing_slash_is_optional(client, slash):
     assert len(client.get(f"/users{slash}").json) == 1
     client.put_json(f"/users/1{slash}", HARRY, status=200)
     client.patch_json(f"/users/1{slash}", {}, status=200)
-    client.put_json(f"/users/1/password{slash}", {"old_password": "1234", "new_password": "5678"}, status=204)
+    client.put_json(
+        f"/users/1/password{slash}", {"old_password": "1234", "new_password": "5678"}, status=204
+    )
     client.put_json(f"/users/1/password/reset{slash}", {"new_password": "1234"}, status=204)
     client.post_json(f"/users/verify{slash}", HARRY, status=200)
     client.get(f"/users/1{slash}", status=200)
@@ -933,7 +1081,10 @@ def test_body_is_one_line_of_compact_json(application, path_info):
 def test_impossible_id_returns_404(application, users, digits, method):
     insert(users, "A")
     path_info = f"/users/{digits}/".encode().decode("latin-1")
-    assert call(application, method, path_info, fields=HARRY if method != "GET" else None).status == 404
+    assert (
+        call(application, method, path_info, fields=HARRY if method != "GET" else None).status
+        == 404
+    )
 
 
 @pytest.mark.parametrize(
@@ -971,12 +1122,18 @@ def test_unknown_path_returns_404(application, path_info):
 def test_other_methods_return_405_with_allow(application, path_info, allow):
     for method in ("get", "PROPFIND", "TRACE", "COPY"):
         answer = call(application, method, path_info)
-        assert (answer.status, answer.headers["Allow"], list(answer.json)) == (405, allow, ["error"])
+        assert (answer.status, answer.headers["Allow"], list(answer.json)) == (
+            405,
+            allow,
+            ["error"],
+        )
     answer = call(application, "OPTIONS", path_info)
     assert (answer.status, answer.headers["Allow"], answer.body) == (204, allow, b"")
 
 
-@pytest.mark.parametrize("path_info", ["/users/", "/users/1/", "/users/2/", "/nowhere/", "/health/", "/users/?limit=x"])
+@pytest.mark.parametrize(
+    "path_info", ["/users/", "/users/1/", "/users/2/", "/nowhere/", "/health/", "/users/?limit=x"]
+)
 def test_head_is_get_without_the_body(application, path_info):
     post(application)
     path_info, _, query = path_info.partition("?")
@@ -1010,9 +1167,14 @@ def test_every_response_has_the_security_headers(application, method, path_info)
     assert headers["X-Frame-Options"] == "DENY"
 
 
-def test_responses_with_errors_or_without_body_have_the_security_headers(application, users, monkeypatch):
+def test_responses_with_errors_or_without_body_have_the_security_headers(
+    application, users, monkeypatch
+):
     post(application)
-    answers = [call(application, path="/users/1/", HTTP_IF_NONE_MATCH="*"), call(application, HTTP_HOST="a.example")]
+    answers = [
+        call(application, path="/users/1/", HTTP_IF_NONE_MATCH="*"),
+        call(application, HTTP_HOST="a.example"),
+    ]
     monkeypatch.setattr(users, "get", lambda user_id: 1 / 0)
     answers.append(call(application, path="/users/1/"))
     assert [answer.status for answer in answers] == [304, 421, 500]
@@ -1021,7 +1183,10 @@ def test_responses_with_errors_or_without_body_have_the_security_headers(applica
 
 def test_204_and_304_have_neither_type_nor_length(application):
     post(application)
-    answers = [call(application, path="/users/1/", HTTP_IF_NONE_MATCH="*"), call(application, "DELETE", "/users/1/")]
+    answers = [
+        call(application, path="/users/1/", HTTP_IF_NONE_MATCH="*"),
+        call(application, "DELETE", "/users/1/"),
+    ]
     assert [answer.status for answer in answers] == [304, 204]
     assert all({"Content-Type", "Content-Length"}.isdisjoint(answer.headers) for answer in answers)
 
@@ -1034,7 +1199,10 @@ def test_health_returns_200_if_users_can_be_read(application, users, monkeypatch
 
     monkeypatch.setattr(users, "ping", ping)
     answer = call(application, path="/health/")
-    assert (answer.status, answer.error) == (503, "The database is unavailable: see the server log")
+    assert (answer.status, answer.error) == (
+        503,
+        "The database is unavailable: see the server log",
+    )
     assert answer.errors == "profiler: 503: disk I/O error\n"
 
 
@@ -1053,7 +1221,9 @@ def test_bug_returns_500_and_logs_a_traceback(application, users, monkeypatch):
         (profiler.Unavailable("gone"), "The database is unavailable: see the server log"),
     ],
 )
-def test_unavailable_database_returns_503_with_retry_after(application, users, monkeypatch, error, message):
+def test_unavailable_database_returns_503_with_retry_after(
+    application, users, monkeypatch, error, message
+):
     def get(user_id):
         raise error
 
@@ -1064,23 +1234,31 @@ def test_unavailable_database_returns_503_with_retry_after(application, users, m
 
 
 def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users, monkeypatch):
-    harry, passwords = {**HARRY, "password": "swordfish"}, {"old_password": "swordfish", "new_password": "tuna fish"}
+    harry, passwords = (
+        {**HARRY, "password": "swordfish"},
+        {"old_password": "swordfish", "new_password": "tuna fish"},
+    )
     requests = [
         ("POST", "/users/", harry), ("POST", "/users/", harry), ("GET", "/users/", None), ("GET", "/users/1/", None),
         ("PUT", "/users/1/", harry), ("POST", "/users/verify/", harry), ("PUT", "/users/1/password/", passwords),
         ("PUT", "/users/1/password/", passwords), ("PUT", "/users/1/password/reset/", passwords),
         ("POST", "/users/", {**RON, "password_hash": "pbkdf2:sha256:10$" + "swordfish"}),
     ]  # fmt: skip
-    answers = [call(application, method, path_info, fields=fields) for method, path_info, fields in requests]
+    answers = [
+        call(application, method, path_info, fields=fields)
+        for method, path_info, fields in requests
+    ]
     secrets = ["swordfish", "tuna fish", users.get_password_hash(1).split("$")[2]]
     for name in ("create", "update", "verify", "change_password", "reset_password"):
         monkeypatch.setattr(users, name, lambda *_: 1 / 0)
-    failed = [call(application, *request[:2], fields=request[2]) for request in requests if request[2]]
+    failed = [
+        call(application, *request[:2], fields=request[2]) for request in requests if request[2]
+    ]
     assert {answer.status for answer in failed} <= {400, 500}
     assert not [secret for secret in secrets if secret in repr(answers + failed)]
 
 
-# -- access ------------------------------------------------------------------------------------------------------------
+# -- access ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1119,7 +1297,11 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
 def test_request_without_valid_token_returns_401(guarded, method, path_info, authorization):
     environ = {} if authorization is None else {"HTTP_AUTHORIZATION": authorization}
     answer = call(guarded, method, path_info, **environ)
-    assert (answer.status, answer.headers["WWW-Authenticate"], answer.errors) == (401, "Bearer", "")
+    assert (answer.status, answer.headers["WWW-Authenticate"], answer.errors) == (
+        401,
+        "Bearer",
+        "",
+    )
     assert answer.body == b"" if method == "HEAD" else list(answer.json) == ["error"]
 
 
@@ -1137,18 +1319,31 @@ def test_token_opens_all_hosts(guarded):
 def test_any_of_several_tokens_is_valid(users):
     tokens = ["first-token-0123456", "second-token-012345", TOKEN]
     rotating = profiler.Application(users, token="\r\n".join(tokens) + "\n\n")
-    assert {call(rotating, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens} == {200}
+    assert {call(rotating, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens} == {
+        200
+    }
     assert call(rotating, HTTP_AUTHORIZATION=f"Bearer {' '.join(tokens)}").status == 401
     assert call(rotating, HTTP_AUTHORIZATION="Bearer ").status == 401
 
 
 def test_health_needs_no_token(guarded):
-    assert call(guarded, path="/health/", HTTP_HOST="accounts.example.com").json == {"status": "ok"}
+    assert call(guarded, path="/health/", HTTP_HOST="accounts.example.com").json == {
+        "status": "ok"
+    }
 
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LocalHost:5000", "127.0.0.1", "127.0.0.1:80", "127.1.2.3", "[::1]", "[::1]:5000", "localhost:"],
+    [
+        "localhost",
+        "LocalHost:5000",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "127.1.2.3",
+        "[::1]",
+        "[::1]:5000",
+        "localhost:",
+    ],
 )
 def test_loopback_host_is_served_without_token(application, host):
     assert call(application, HTTP_HOST=host).status == 200
@@ -1175,19 +1370,33 @@ def test_loopback_host_is_served_without_token(application, host):
 )
 def test_other_host_returns_421_without_token(application, users, host):
     """DNS rebinding."""
-    for method, path_info in [("GET", "/users/"), ("POST", "/users/"), ("GET", "/health/"), ("GET", "/nowhere")]:
+    for method, path_info in [
+        ("GET", "/users/"),
+        ("POST", "/users/"),
+        ("GET", "/health/"),
+        ("GET", "/nowhere"),
+    ]:
         answer = call(application, method, path_info, fields=HARRY, HTTP_HOST=host)
         assert (answer.status, "PROFILER_TOKEN" in answer.error) == (421, True)
     assert users.count() == 0
 
 
 def test_forwarded_host_is_ignored(application):
-    assert call(application, HTTP_HOST="evil.example", HTTP_X_FORWARDED_HOST="localhost").status == 421
-    assert call(application, HTTP_HOST="localhost", HTTP_X_FORWARDED_HOST="evil.example").status == 200
+    assert (
+        call(application, HTTP_HOST="evil.example", HTTP_X_FORWARDED_HOST="localhost").status
+        == 421
+    )
+    assert (
+        call(application, HTTP_HOST="localhost", HTTP_X_FORWARDED_HOST="evil.example").status
+        == 200
+    )
 
 
 def test_anonymous_application_serves_any_host(users):
-    assert call(profiler.Application(users, anonymous=True), HTTP_HOST="accounts.example.com").status == 200
+    assert (
+        call(profiler.Application(users, anonymous=True), HTTP_HOST="accounts.example.com").status
+        == 200
+    )
 
 
 def test_anonymous_does_not_disable_the_token(users):

@@ -1,4 +1,5 @@
-"""Print the lines and the lines of code (no blanks, comments, docstrings) of each section of profiler.py.
+"""Print the lines and the lines of code (no blanks, comments, docstrings) of each
+section of profiler.py.
 
 python .ci/count_lines.py [FILE]
 """
@@ -24,15 +25,22 @@ def find_code(source):
     """Return the numbers of the lines that contain code."""
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    code = (range(token.start[0], token.end[0] + 1) for token in tokens if token.type not in LAYOUT)
+    code = (
+        range(token.start[0], token.end[0] + 1) for token in tokens if token.type not in LAYOUT
+    )
     return set().union(*code) - docstrings
 
 
 def main():
-    path = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent.parent / "profiler.py")
+    path = pathlib.Path(
+        sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent.parent / "profiler.py"
+    )
     source = path.read_text()
     lines, code = source.splitlines(), find_code(source)
     starts = {1: "head"}

@@ -1,4 +1,5 @@
-"""A check for schemathesis: valid requests are accepted, except for what a schema cannot express."""
+"""A check for schemathesis: valid requests are accepted, except for what a schema
+cannot express."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ def is_expected(response: Any, case: Any) -> bool:
         return (
             b'{"error":"This email is already registered"}' in response.content
             or (b'{"error":"password_hash must be ' in response.content and is_scrypt)
-            or any(INVISIBLE.search(str(value)) for value in [*body.values(), *(case.query or {}).values()])
+            or any(
+                INVISIBLE.search(str(value))
+                for value in [*body.values(), *(case.query or {}).values()]
+            )
         )
     if response.status_code == 412:
         return not {"If-Match", "If-None-Match"}.isdisjoint(case.headers or ())

@@ -1,7 +1,8 @@
-"""Serve an empty database on any port, for schemathesis, until it is killed. Arguments: DOCUMENT TOKEN.
+"""Serve an empty database on any port, for schemathesis, until it is killed. Arguments:
+DOCUMENT TOKEN.
 
-Write openapi.json to DOCUMENT, adapted to a service with this token, or without one if it is empty. The database is
-created next to it.
+Write openapi.json to DOCUMENT, adapted to a service with this token, or without one if
+it is empty. The database is created next to it.
 """
 
 from __future__ import annotations

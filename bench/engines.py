@@ -1,10 +1,11 @@
-"""Measure profiler on SQLite, PostgreSQL and MariaDB, next to the bare drivers and Flask-SQLAlchemy; write ENGINES.md.
+"""Measure profiler on SQLite, PostgreSQL and MariaDB, next to the bare drivers and
+Flask-SQLAlchemy; write ENGINES.md.
 
     python -m pip install '.[postgresql,mysql,test]' -r bench/requirements.txt
     python bench/engines.py [--quick]
 
-The servers are started here, with durable commits. Loads over HTTP need wrk. Figures are medians of rounds in which all
-candidates take turns.
+The servers are started here, with durable commits. Loads over HTTP need wrk. Figures
+are medians of rounds in which all candidates take turns.
 """
 
 import argparse
@@ -21,7 +22,19 @@ import tracemalloc
 from importlib.metadata import version
 
 import run
-from run import HERE, fill, gets, in_turns, puts, python, request, requests_per_second, say, serving, table
+from run import (
+    HERE,
+    fill,
+    gets,
+    in_turns,
+    puts,
+    python,
+    request,
+    requests_per_second,
+    say,
+    serving,
+    table,
+)
 
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from servers import database_of, mariadb, postgresql  # noqa: E402
@@ -34,16 +47,21 @@ FLASK = "Flask-SQLAlchemy, PostgreSQL"
 
 
 def peer_table(server, url):
-    """Create a database with the same users for the peer, in the table of its model; return the URL."""
+    """Create a database with the same users for the peer, in the table of its model;
+    return the URL."""
     peer = server.make_database(f"TEMPLATE {database_of(url)}")
-    for statement in ('ALTER TABLE "user" DROP COLUMN email_key', 'CREATE UNIQUE INDEX ON "user" (email)'):
+    for statement in (
+        'ALTER TABLE "user" DROP COLUMN email_key',
+        'CREATE UNIQUE INDEX ON "user" (email)',
+    ):
         server.execute(statement, database_of(peer))
     server.execute('VACUUM ANALYZE "user"', database_of(peer))
     return peer
 
 
 def bare(connection, table):
-    """Return an application that only executes the statement of a request with the driver, and returns nothing.
+    """Return an application that only executes the statement of a request with the
+    driver, and returns nothing.
 
     psycopg prepares a statement at its sixth execution; PyMySQL never does.
     """
@@ -68,7 +86,10 @@ def bare(connection, table):
 def pages(users, count):
     def templates(_):
         chosen = [random.randint(0, users - 101) for _ in range(count)]
-        return [(dict(request("GET", "/users/")[0], QUERY_STRING=f"limit=100&after={after}"), b"") for after in chosen]
+        return [
+            (dict(request("GET", "/users/")[0], QUERY_STRING=f"limit=100&after={after}"), b"")
+            for after in chosen
+        ]
 
     return templates
 
@@ -81,7 +102,14 @@ def measure_in_process(urls, peer, drivers, quick):
     apps[FLASK] = peer_flask_sqlalchemy.app
     for title, unit, scale, templates, rounds, candidates in (
         ("One user", "µs", 1e6, gets(COUNT, 50 if quick else 500), 7, {**apps, **drivers}),
-        ("One update, committed", "µs", 1e6, puts(COUNT, 20 if quick else 200), 7, {**apps, **drivers}),
+        (
+            "One update, committed",
+            "µs",
+            1e6,
+            puts(COUNT, 20 if quick else 200),
+            7,
+            {**apps, **drivers},
+        ),
         ("A page of 100", "µs", 1e6, pages(COUNT, 10 if quick else 100), 7, apps),
         (f"{COUNT:,} users listed", "ms", 1e3, lambda _: [request("GET", "/users/")], 3, apps),
     ):
@@ -101,7 +129,9 @@ def measure_in_process(urls, peer, drivers, quick):
         run.call(app, request("GET", "/users/"))
         rows.append([who, f"{tracemalloc.get_traced_memory()[1] / 2**20:.1f} MB"])
         tracemalloc.stop()
-    yield f"## Memory while {COUNT:,} users are listed\n\n" + table(["", "peak of Python's memory"], rows)
+    yield f"## Memory while {COUNT:,} users are listed\n\n" + table(
+        ["", "peak of Python's memory"], rows
+    )
     for app in apps.values():
         if hasattr(app, "close"):
             app.close()
@@ -109,13 +139,20 @@ def measure_in_process(urls, peer, drivers, quick):
 
 def measure_http(urls, peer, quick):
     def gunicorn(workers, app):
-        return python("-m", "gunicorn", f"-w{workers}", "--threads", "8", "-b", "127.0.0.1:PORT", app)
+        return python(
+            "-m", "gunicorn", f"-w{workers}", "--threads", "8", "-b", "127.0.0.1:PORT", app
+        )
 
     own, flask = "profiler_sqlalchemy:application", "peer_flask_sqlalchemy:app"
-    servers = {f"profiler, {name}, 2 processes": (gunicorn(2, own), url) for name, url in urls.items()}
+    servers = {
+        f"profiler, {name}, 2 processes": (gunicorn(2, own), url) for name, url in urls.items()
+    }
     servers[f"{FLASK}, 2 processes"] = (gunicorn(2, flask), peer)
     for workers in (1, 4):
-        servers[f"profiler, PostgreSQL, {workers} processes"] = (gunicorn(workers, own), urls["PostgreSQL"])
+        servers[f"profiler, PostgreSQL, {workers} processes"] = (
+            gunicorn(workers, own),
+            urls["PostgreSQL"],
+        )
         servers[f"{FLASK}, {workers} processes"] = (gunicorn(workers, flask), peer)
     for title, path, seconds, rounds in (
         ("One user", "/users/4711/", 5, 3),
@@ -127,19 +164,27 @@ def measure_http(urls, peer, quick):
                 say(f"wrk, {title}: {who}")
                 with serving(command, database) as (_, port):
                     requests_per_second(port, "/users/4711/", 1)
-                    rates[who].append(requests_per_second(port, path, 2 if quick and seconds == 5 else seconds))
+                    rates[who].append(
+                        requests_per_second(port, path, 2 if quick and seconds == 5 else seconds)
+                    )
         medians = {who: statistics.median(values) for who, values in rates.items()}
         rows = []
         for who, rate in medians.items():
             peers_rate = medians[f"{FLASK}, {who.rpartition(', ')[2]}"]
             rows.append([who, f"{rate:,.1f}", f"{rate / peers_rate:.2f}"])
-        head = ["gunicorn, 8 threads per process", "requests per second", "times Flask-SQLAlchemy's"]
+        head = [
+            "gunicorn, 8 threads per process",
+            "requests per second",
+            "times Flask-SQLAlchemy's",
+        ]
         yield f"## {title} over HTTP, 16 connections\n\n" + table(head, rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure profiler on three databases.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; ENGINES.md is not written")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds; ENGINES.md is not written"
+    )
     quick = parser.parse_args().quick
     os.environ["PROFILER_ANONYMOUS"] = "1"
     with (
@@ -172,7 +217,10 @@ def main():
             f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, "
             f"psycopg {version('psycopg')}, PyMySQL {version('pymysql')}, servers and clients on the same machine.\n"
         )
-        report = [*measure_in_process(urls, peer, drivers, quick), *measure_http(urls, peer, quick)]
+        report = [
+            *measure_in_process(urls, peer, drivers, quick),
+            *measure_http(urls, peer, quick),
+        ]
     text = "\n".join([head, *report])
     print(text)
     if not quick:

@@ -1,9 +1,11 @@
-"""Measure how long readers wait beside heavy clients of the built-in server, and what idle connections cost.
+"""Measure how long readers wait beside heavy clients of the built-in server, and what
+idle connections cost.
 
     python bench/fairness.py [--users 1000000] [--idle 10000] [--seconds 4] [--module profiler.py]
 
-Each row: the time within which 50 and 99 of 100 GETs of one user were answered, in milliseconds, while other clients
-did what the row says. The reader sends a request every 2 ms over one connection. All processes run on this machine.
+Each row: the time within which 50 and 99 of 100 GETs of one user were answered, in
+milliseconds, while other clients did what the row says. The reader sends a request
+every 2 ms over one connection. All processes run on this machine.
 """
 
 import argparse
@@ -62,7 +64,9 @@ def measure(port, seconds):
 def list_fast(port):
     while True:
         with connect(port) as connection:
-            connection.sendall(b"GET /users/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            connection.sendall(
+                b"GET /users/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            )
             while connection.recv(1 << 20):
                 pass
 
@@ -80,7 +84,9 @@ def create(port, number):
     with connect(port) as connection:
         for count in range(10**9):
             email = f"{number}-{count}-{os.getpid()}@example.com"
-            body = json.dumps({"first_name": "a", "last_name": "b", "email": email, "password": "1234"}).encode()
+            body = json.dumps(
+                {"first_name": "a", "last_name": "b", "email": email, "password": "1234"}
+            ).encode()
             head = "POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             receive_response(connection)
@@ -98,7 +104,9 @@ def pipeline(port):
 def search(port):
     with connect(port) as connection:
         while True:
-            connection.sendall(b"GET /users/?q=nobody-has-this HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.sendall(
+                b"GET /users/?q=nobody-has-this HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
             receive_response(connection)
 
 
@@ -112,7 +120,10 @@ def hold_lock(path, seconds):
 @contextlib.contextmanager
 def running(*jobs):
     """Run each function in a process of its own."""
-    processes = [multiprocessing.Process(target=function, args=arguments, daemon=True) for function, *arguments in jobs]
+    processes = [
+        multiprocessing.Process(target=function, args=arguments, daemon=True)
+        for function, *arguments in jobs
+    ]
     for process in processes:
         process.start()
     time.sleep(0.5)
@@ -126,7 +137,10 @@ def running(*jobs):
 
 def get_memory(pid):
     """Return the resident memory of a process in MB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+    return (
+        int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
+        / 1024
+    )
 
 
 def print_row(name, latencies):
@@ -198,7 +212,9 @@ def main():
                 with running(*jobs):
                     try:
                         print_row(name, measure(port, arguments.seconds))
-                    except TypeError:  # no Content-Length: the version measured has no such request
+                    except (
+                        TypeError
+                    ):  # no Content-Length: the version measured has no such request
                         print(f"| {name} | not answered | |")
             measure_idle(port, server.pid, arguments.idle)
         finally:

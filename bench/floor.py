@@ -1,4 +1,5 @@
-"""The floor: callables that run one statement on an open connection, or nothing at all, and answer."""
+"""The floor: callables that run one statement on an open connection, or nothing at all,
+and answer."""
 
 import sqlite3
 
@@ -12,7 +13,9 @@ def make_app(database):
 
     def app(environ, start_response):
         [body] = connection.execute(ONE_USER, (environ["PATH_INFO"][7:-1],)).fetchone()
-        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+        start_response(
+            "200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        )
         return [body]
 
     return app

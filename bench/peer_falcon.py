@@ -20,7 +20,9 @@ class Users:
         response.media = store.list_users()
 
     def on_post(self, request, response):
-        user_id = store.create_user(*fields(request, "first_name", "last_name", "email", "password"))
+        user_id = store.create_user(
+            *fields(request, "first_name", "last_name", "email", "password")
+        )
         if user_id is None:
             raise taken()
         response.status, response.media = falcon.HTTP_201, {"id": user_id}
@@ -34,7 +36,10 @@ class User:
         response.media = user
 
     def on_put(self, request, response, user_id):
-        if store.update_user(user_id, *fields(request, "first_name", "last_name", "email")) is None:
+        if (
+            store.update_user(user_id, *fields(request, "first_name", "last_name", "email"))
+            is None
+        ):
             raise taken()
         response.media = {"id": user_id}
 

@@ -1,4 +1,5 @@
-"""The tutorial's service, as one Flask module: a connection for each request, rows to dicts to JSON."""
+"""The tutorial's service, as one Flask module: a connection for each request, rows to
+dicts to JSON."""
 
 import os
 import sqlite3

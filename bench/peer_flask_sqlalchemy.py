@@ -1,4 +1,5 @@
-"""The tutorial's service on a database server, as one writes it with Flask-SQLAlchemy: a model, a session, dicts."""
+"""The tutorial's service on a database server, as one writes it with Flask-SQLAlchemy:
+a model, a session, dicts."""
 
 import os
 
@@ -8,7 +9,9 @@ from sqlalchemy.exc import IntegrityError
 from werkzeug.security import generate_password_hash
 
 app = Flask(__name__)
-app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["PEER_DATABASE"].replace("postgresql://", "postgresql+psycopg://")
+app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["PEER_DATABASE"].replace(
+    "postgresql://", "postgresql+psycopg://"
+)
 app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_pre_ping": True, "pool_size": 8}
 db = SQLAlchemy(app)
 MISSING = {"error": "Required fields are missing"}, 400
@@ -36,7 +39,9 @@ def public(user):
 
 @app.post("/users/")
 def create_user():
-    fields = {name: request.json.get(name) for name in ("first_name", "last_name", "email", "password")}
+    fields = {
+        name: request.json.get(name) for name in ("first_name", "last_name", "email", "password")
+    }
     if not all(fields.values()):
         return MISSING
     fields["password"] = generate_password_hash(fields["password"], "pbkdf2:sha256:600000")
@@ -53,7 +58,9 @@ def create_user():
 def list_users():
     statement = db.select(User).order_by(User.id)
     if "limit" in request.args:
-        statement = statement.where(User.id > int(request.args["after"])).limit(int(request.args["limit"]))
+        statement = statement.where(User.id > int(request.args["after"])).limit(
+            int(request.args["limit"])
+        )
     return jsonify([public(user) for user in db.session.execute(statement).scalars()])
 
 

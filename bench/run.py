@@ -1,9 +1,11 @@
-"""Measure profiler next to its peers, in one run, on databases created here; write RESULTS.md and results.svg.
+"""Measure profiler next to its peers, in one run, on databases created here; write
+RESULTS.md and results.svg.
 
     python -m pip install -r bench/requirements.txt
     python bench/run.py [--quick]
 
-Every figure is a median of rounds in which all candidates take turns. Loads over HTTP need wrk.
+Every figure is a median of rounds in which all candidates take turns. Loads over HTTP
+need wrk.
 """
 
 import argparse
@@ -45,15 +47,18 @@ FILL = """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i
 INSERT INTO user (first_name, last_name, email, password)
 SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com', 'pbkdf2:sha256:600000$' || hex(zeroblob(32)) FROM n"""
 SCHEMA = (HERE.parent / "schema.sql").read_text()
-TUTORIAL = SCHEMA.replace(" COLLATE NOCASE", "")  # the tutorial's table, in its rollback-journal file
+TUTORIAL = SCHEMA.replace(
+    " COLLATE NOCASE", ""
+)  # the tutorial's table, in its rollback-journal file
 COLOURS = {"profiler": "#2a6f97", "other": "#a9b4c2"}
 
 
-# -- databases and servers ---------------------------------------------------------------------------------------------
+# -- databases and servers -------------------------------------------------------------
 
 
 def fill(folder, name, count, schema=None):
-    """Make a database of so many users and return its path: profiler's, or one with another schema."""
+    """Make a database of so many users and return its path: profiler's, or one with
+    another schema."""
     path = str(folder / f"{name}-{count}.sqlite3")
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         if schema is None:
@@ -65,12 +70,20 @@ def fill(folder, name, count, schema=None):
 
 @contextlib.contextmanager
 def serving(command, database, path="/users/1/"):
-    """Run a server on a free port, given to the command as PORT; yield its process and port once it answers."""
+    """Run a server on a free port, given to the command as PORT; yield its process and
+    port once it answers."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = probe.getsockname()[1]
     command = [str(part).replace("PORT", str(port)) for part in command]
-    environ = {**os.environ, "PROFILER_DATABASE": database, "PEER_DATABASE": database, "PYTHONPATH": str(HERE.parent)}
-    process = subprocess.Popen(command, cwd=HERE, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environ = {
+        **os.environ,
+        "PROFILER_DATABASE": database,
+        "PEER_DATABASE": database,
+        "PYTHONPATH": str(HERE.parent),
+    }
+    process = subprocess.Popen(
+        command, cwd=HERE, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 20
         while True:
@@ -105,14 +118,16 @@ def profiler_server(*arguments):
     return python(HERE.parent / "profiler.py", "--port", "PORT", *arguments, "--no-access-log")
 
 
-# -- in process --------------------------------------------------------------------------------------------------------
+# -- in process ------------------------------------------------------------------------
 
 
 def request(method, path, fields=None):
     """Return what makes the environ of a request, each time anew."""
     body = json.dumps(fields).encode() if fields else b""
     environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.errors": sys.stderr}
-    environ.update({"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body))} if body else {})
+    environ.update(
+        {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body))} if body else {}
+    )
     setup_testing_defaults(environ)
     return environ, body
 
@@ -129,7 +144,8 @@ def call(app, template):
 
 
 def in_turns(candidates, templates, rounds):
-    """Return for each candidate the median seconds of a call, over rounds of all templates, taken in turns."""
+    """Return for each candidate the median seconds of a call, over rounds of all
+    templates, taken in turns."""
     seconds = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, app in candidates.items():
@@ -150,7 +166,11 @@ def puts(users, count):
     def templates(number):
         ids = random.sample(range(1, users + 1), count)
         return [
-            request("PUT", f"/users/{i}/", {"first_name": f"F{number}", "last_name": "L", "email": f"{number}.{i}@b.c"})
+            request(
+                "PUT",
+                f"/users/{i}/",
+                {"first_name": f"F{number}", "last_name": "L", "email": f"{number}.{i}@b.c"},
+            )
             for i in ids
         ]
 
@@ -178,7 +198,9 @@ def peers(folder, count):
 
 def without_entity_tag(path):
     """Return profiler's application as it would be if a user had no ETag."""
-    spec = importlib.util.spec_from_file_location("profiler_without_entity_tag", HERE.parent / "profiler.py")
+    spec = importlib.util.spec_from_file_location(
+        "profiler_without_entity_tag", HERE.parent / "profiler.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.make_entity_tag = lambda body: ""
@@ -206,7 +228,10 @@ def measure_in_process(folder, quick):
 def measure_growth(folder, quick):
     """What one user, one page and one update cost, at a thousand and at many users."""
     many = 100_000 if quick else 1_000_000
-    apps = {f"{count:,} users": profiler.create_app(fill(folder, "growth", count)) for count in (1_000, many)}
+    apps = {
+        f"{count:,} users": profiler.create_app(fill(folder, "growth", count))
+        for count in (1_000, many)
+    }
     rounds = 5 if quick else 15
     works = {
         "one user": lambda users: gets(users, 2000),
@@ -214,7 +239,8 @@ def measure_growth(folder, quick):
             lambda _: [
                 (
                     dict(
-                        request("GET", "/users/")[0], QUERY_STRING=f"limit=100&after={random.randint(0, users - 101)}"
+                        request("GET", "/users/")[0],
+                        QUERY_STRING=f"limit=100&after={random.randint(0, users - 101)}",
                     ),
                     b"",
                 )
@@ -242,7 +268,7 @@ def measure_growth(folder, quick):
     return [*(f"µs at {name}" for name in apps), "ratio"], rows
 
 
-# -- over HTTP ---------------------------------------------------------------------------------------------------------
+# -- over HTTP -------------------------------------------------------------------------
 
 
 def requests_per_second(port, path, seconds):
@@ -262,17 +288,45 @@ def measure_http(folder, quick):
     own, peer = fill(folder, "http", 100_000), fill(folder, "http-peer", 100_000, TUTORIAL)
     flask = "peer_flask:app"
     granian = python(
-        "-m", "granian", "--interface", "wsgi", "--port", "PORT", "--no-ws", "--workers", "1", "--blocking-threads", "1"
+        "-m",
+        "granian",
+        "--interface",
+        "wsgi",
+        "--port",
+        "PORT",
+        "--no-ws",
+        "--workers",
+        "1",
+        "--blocking-threads",
+        "1",
     )
     servers = {
         "profiler": (profiler_server(), own),
         "profiler, gunicorn -w2 --threads 4": (
-            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", "profiler:application"),
+            python(
+                "-m",
+                "gunicorn",
+                "-w2",
+                "--threads",
+                "4",
+                "-b",
+                "127.0.0.1:PORT",
+                "profiler:application",
+            ),
             own,
         ),
         "profiler, with its access log": (profiler_server()[:-1], own),
         "Falcon, gunicorn -w2 --threads 4": (
-            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", "peer_falcon:app"),
+            python(
+                "-m",
+                "gunicorn",
+                "-w2",
+                "--threads",
+                "4",
+                "-b",
+                "127.0.0.1:PORT",
+                "peer_falcon:app",
+            ),
             peer,
         ),
         "Flask, flask run": (python("-m", "flask", "--app", flask, "run", "--port", "PORT"), peer),
@@ -295,7 +349,8 @@ def measure_http(folder, quick):
 
 
 def measure_hashing(folder, quick):
-    """Users created, and passwords checked, by 8 clients, as a share of what the cores can hash; what a GET waits."""
+    """Users created, and passwords checked, by 8 clients, as a share of what the cores
+    can hash; what a GET waits."""
     cores = len(os.sched_getaffinity(0))
     seconds = 5 if quick else 8
     user = {"first_name": "A", "last_name": "B", "email": "verified@b.c", "password": "1234"}
@@ -307,13 +362,15 @@ def measure_hashing(folder, quick):
             count = cores * (8 if quick else 32)
             list(
                 threads.map(
-                    lambda _: hashlib.pbkdf2_hmac("sha256", b"1234", b"salt", profiler.ITERATIONS), range(count)
+                    lambda _: hashlib.pbkdf2_hmac("sha256", b"1234", b"salt", profiler.ITERATIONS),
+                    range(count),
                 )
             )
             return count / (time.perf_counter() - started)
 
     def requests_per_second(port, path, status, waits, fields):
-        """Let 8 clients send such requests, each with fields of its own; note meanwhile how long a GET takes."""
+        """Let 8 clients send such requests, each with fields of its own; note meanwhile
+        how long a GET takes."""
         say(f"8 clients at {path}")
         end, stop = time.perf_counter() + seconds, threading.Event()
 
@@ -351,7 +408,9 @@ def measure_hashing(folder, quick):
                 return {**user, "email": f"{number}.{client}.{count}@b.c"}
 
             created.append(requests_per_second(port, "/users/", 201, waits, new))
-            verified.append(requests_per_second(port, "/users/verify/", 200, waits, lambda *_: user))
+            verified.append(
+                requests_per_second(port, "/users/verify/", 200, waits, lambda *_: user)
+            )
     most = statistics.median(possible)
     p99 = statistics.quantiles(waits, n=100)[98] * 1e3
     return [
@@ -370,7 +429,7 @@ def measure_hashing(folder, quick):
     ]
 
 
-# -- a million users, memory, import -----------------------------------------------------------------------------------
+# -- a million users, memory, import ---------------------------------------------------
 
 
 def measure_million(folder, quick):
@@ -385,7 +444,9 @@ def measure_million(folder, quick):
             say(f"{count:,} users listed")
             with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as connection:
                 started = time.perf_counter()
-                connection.sendall(b"GET /users/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                connection.sendall(
+                    b"GET /users/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                )
                 connection.recv(1)
                 firsts.append(time.perf_counter() - started)
                 while connection.recv(1 << 20):
@@ -413,7 +474,10 @@ def measure_start(folder, quick):
     with serving(profiler_server(), fill(folder, "idle", 100_000)) as (process, _):
         idle = psutil.Process(process.pid).memory_info().rss / 2**20
 
-    environ = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder)}  # both are compiled before they are measured
+    environ = {
+        **os.environ,
+        "PYTHONPYCACHEPREFIX": str(folder),
+    }  # both are compiled before they are measured
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def seconds(module, where):
@@ -421,7 +485,12 @@ def measure_start(folder, quick):
         values = []
         for _ in range(4 if quick else 16):
             run = subprocess.run(
-                python("-c", program), cwd=where, env=environ, capture_output=True, text=True, check=True
+                python("-c", program),
+                cwd=where,
+                env=environ,
+                capture_output=True,
+                text=True,
+                check=True,
             )
             values.append(float(run.stdout))
         return statistics.median(values[1:])
@@ -429,11 +498,15 @@ def measure_start(folder, quick):
     own, flask = seconds("profiler", HERE.parent), seconds("peer_flask", HERE)
     return [
         ["idle memory of `python profiler.py`", f"{idle:.1f} MB", ""],
-        ["import", f"{own * 1e3:.0f} ms", f"{own / flask:.2f} of the Flask service's {flask * 1e3:.0f} ms"],
+        [
+            "import",
+            f"{own * 1e3:.0f} ms",
+            f"{own / flask:.2f} of the Flask service's {flask * 1e3:.0f} ms",
+        ],
     ]
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------
 
 
 def say(text):
@@ -458,7 +531,9 @@ def draw(charts, path):
     )
     for axis, (title, values) in zip(axes, charts):
         names = list(values)[::-1]
-        colours = [COLOURS["profiler" if name.startswith("profiler") else "other"] for name in names]
+        colours = [
+            COLOURS["profiler" if name.startswith("profiler") else "other"] for name in names
+        ]
         bars = axis.barh(names, [values[name] for name in names], color=colours)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.set_title(title, loc="left", fontsize=10)
@@ -472,33 +547,53 @@ def draw(charts, path):
 def main():
     parser = argparse.ArgumentParser(description="Measure profiler next to its peers.")
     parser.add_argument(
-        "--quick", action="store_true", help="a minute's look: fewer rounds; RESULTS.md and results.svg stay"
+        "--quick",
+        action="store_true",
+        help="a minute's look: fewer rounds; RESULTS.md and results.svg stay",
     )
     quick = parser.parse_args().quick
     report, charts = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for title, unit, scale, seconds in measure_in_process(folder, quick):
-            rows = [[who, f"{s * scale:.1f}", f"{s / seconds['profiler']:.2f}"] for who, s in seconds.items()]
+            rows = [
+                [who, f"{s * scale:.1f}", f"{s / seconds['profiler']:.2f}"]
+                for who, s in seconds.items()
+            ]
             report.append(f"## {title}\n\n" + table(["", unit, "times profiler's"], rows))
-            charts.append((f"{title} ({unit}, less is better)", {who: s * scale for who, s in seconds.items()}))
+            charts.append(
+                (
+                    f"{title} ({unit}, less is better)",
+                    {who: s * scale for who, s in seconds.items()},
+                )
+            )
         if shutil.which("wrk"):
             rates = measure_http(folder, quick)
-            rows = [[who, f"{rate:,.0f}", f"{rates['profiler'] / rate:.2f}"] for who, rate in rates.items()]
+            rows = [
+                [who, f"{rate:,.0f}", f"{rates['profiler'] / rate:.2f}"]
+                for who, rate in rates.items()
+            ]
             report.append(
                 "## One user over HTTP, 16 connections\n\n"
                 + table(["", "requests a second", "profiler's rate to this"], rows)
             )
             served = {who: rate for who, rate in rates.items() if "hello" not in who}
-            charts.append(("One user over HTTP, 16 connections (requests a second, more is better)", served))
+            charts.append(
+                ("One user over HTTP, 16 connections (requests a second, more is better)", served)
+            )
         else:
-            report.append("## One user over HTTP\n\nSkipped: wrk is not installed (apt-get install wrk).\n")
+            report.append(
+                "## One user over HTTP\n\nSkipped: wrk is not installed (apt-get install wrk).\n"
+            )
         report.append("## Hashing\n\n" + table(["", "", ""], measure_hashing(folder, quick)))
-        report.append("## Growth\n\n" + table(["", *(growth := measure_growth(folder, quick))[0]], growth[1]))
+        report.append(
+            "## Growth\n\n" + table(["", *(growth := measure_growth(folder, quick))[0]], growth[1])
+        )
         report.append("## A million users\n\n" + table(["", ""], measure_million(folder, quick)))
         report.append("## Start\n\n" + table(["", "", ""], measure_start(folder, quick)))
     packages = ", ".join(
-        f"{package} {version(package)}" for package in ("flask", "bottle", "falcon", "gunicorn", "waitress", "granian")
+        f"{package} {version(package)}"
+        for package in ("flask", "bottle", "falcon", "gunicorn", "waitress", "granian")
     )
     head = (
         f"# Results\n\nMade by `python bench/run.py{' --quick' if quick else ''}` on {datetime.date.today()}: "

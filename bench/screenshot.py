@@ -33,9 +33,14 @@ def serve(folder: str) -> Iterator[str]:
     application = profiler.create_app(f"{folder}/db.sqlite3", iterations=1)
     for name in NAMES.split(","):
         first_name, last_name = name.split()
-        application.users.create(first_name, last_name, f"{first_name}.{last_name}@example.com".lower(), "alohomora")
+        application.users.create(
+            first_name, last_name, f"{first_name}.{last_name}@example.com".lower(), "alohomora"
+        )
     address = ("127.0.0.1", 0)
-    with contextlib.closing(application), profiler.Server(socket.AF_INET, address, application, False) as server:
+    with (
+        contextlib.closing(application),
+        profiler.Server(socket.AF_INET, address, application, False) as server,
+    ):
         thread = threading.Thread(target=server.serve)
         thread.start()
         try:
@@ -49,7 +54,13 @@ def main() -> None:
     """Start the service and the browser, wait for the table, and take the screenshot."""
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):
         options.add_argument(flag)
     service = webdriver.ChromeService("/usr/bin/chromedriver")
     with (
@@ -62,7 +73,9 @@ def main() -> None:
         light = [{"name": "prefers-color-scheme", "value": "light"}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": light})
         browser.get(address)
-        WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "tbody tr"))
+        WebDriverWait(browser, 10).until(
+            lambda _: browser.find_elements(By.CSS_SELECTOR, "tbody tr")
+        )
         browser.save_screenshot(str(HERE / "page.png"))
 
 

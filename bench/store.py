@@ -1,4 +1,5 @@
-"""What the Bottle and the Falcon service share: the tutorial's statements, on one connection for each thread.
+"""What the Bottle and the Falcon service share: the tutorial's statements, on one
+connection for each thread.
 
 That is kinder to them than the tutorial, which connects for each request.
 """

@@ -1,4 +1,5 @@
-"""Helpers and fixtures that the tests share. pyproject.toml puts this folder on the path: `import conftest` works."""
+"""Helpers and fixtures that the tests share. pyproject.toml puts this folder on the
+path: `import conftest` works."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ import webtest
 import profiler
 
 HERE = pathlib.Path(__file__).resolve().parent.parent  # the repository
-HARRY = {"first_name": "Harry", "last_name": "Potter", "email": "harry@example.com", "password": "1234"}
+HARRY = {
+    "first_name": "Harry",
+    "last_name": "Potter",
+    "email": "harry@example.com",
+    "password": "1234",
+}
 RON = {"first_name": "Ron", "last_name": "Weasley", "email": "ron@example.com", "password": "abcd"}
 BODY = json.dumps(HARRY).encode()
 TOKEN = "0123456789abcdef"
@@ -63,16 +69,25 @@ class Answer(NamedTuple):
 
 
 def call(application, method="GET", path="/users/", body=b"", fields=None, **environ):
-    """Call a WSGI application as a server would. `fields` become a JSON body. Return the Answer."""
+    """Call a WSGI application as a server would. `fields` become a JSON body. Return
+    the Answer."""
     started, errors = [], environ.pop("wsgi.errors", io.StringIO())
-    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": "", "wsgi.errors": errors, **environ}
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "QUERY_STRING": "",
+        "wsgi.errors": errors,
+        **environ,
+    }
     if fields is not None:
         body = json.dumps(fields).encode()
     if body:
         environ = {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), **environ}
     environ.setdefault("wsgi.input", io.BytesIO(body))
     setup_testing_defaults(environ)
-    result = application(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+    result = application(
+        environ, lambda status, headers, exc_info=None: started.append((status, headers))
+    )
     try:
         content = b"".join(result)
     finally:
@@ -114,7 +129,9 @@ def fill(path, count):
 @contextlib.contextmanager
 def locked(path, lock="BEGIN IMMEDIATE"):
     """Hold a lock of an SQLite file in another connection."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    ) as connection:
         connection.execute(lock)
         yield connection
         if connection.in_transaction:
@@ -133,14 +150,18 @@ def in_a_fork(function):
 
 
 def post_at_once(count, create_app, database):
-    """Create a user in each of many child processes at the same moment. Return their exit statuses."""
+    """Create a user in each of many child processes at the same moment. Return their
+    exit statuses."""
     reader, writer = os.pipe()
     children = []
     for child in range(count):
         pid = os.fork()
         if pid == 0:
             try:
-                application, fields = create_app(database, iterations=1), {**HARRY, "email": f"{child}@example.com"}
+                application, fields = (
+                    create_app(database, iterations=1),
+                    {**HARRY, "email": f"{child}@example.com"},
+                )
                 os.close(writer)
                 os.read(reader, 1)  # ends when the parent closes its end
                 os._exit(call(application, "POST", fields=fields).status != 201)
@@ -156,7 +177,12 @@ def run_program(program, folder, **environ):
     """Run a Python program that may import profiler. Return the completed process."""
     environ = {**os.environ, "PYTHONPATH": os.path.dirname(profiler.__file__), **environ}
     return subprocess.run(
-        [sys.executable, "-c", program], env=environ, cwd=folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -229,7 +255,8 @@ def short_timeouts(monkeypatch):
 
 
 class SlowHash:
-    """Replaces hash_password: releases `started` when it is called, and returns when `go_on` is set."""
+    """Replaces hash_password: releases `started` when it is called, and returns when
+    `go_on` is set."""
 
     def __init__(self):
         self.started, self.go_on = threading.Semaphore(0), threading.Event()

@@ -1,22 +1,27 @@
 """Start and stop real servers for tests and measurements, on Linux.
 
-PostgreSQL, MariaDB, a Galera cluster, a primary with a synchronous standby, Patroni with etcd, PgBouncer and haproxy:
+PostgreSQL, MariaDB, a Galera cluster, a primary with a synchronous standby, Patroni
+with etcd, PgBouncer and haproxy:
 
     with postgresql() as server, pgbouncer(server, "session") as pooler:
         url = pooler.url(database_of(server.make_database()))
 
-Every server runs in a temporary folder on free ports of 127.0.0.1, with a minimal environment: as the user who runs the
-tests or, if that is root, as the server's own account. The roles are `app`, which may create databases, and `limited`,
-which may do nothing until `allow` lets it use the table. Their password is SECRET.
+Every server runs in a temporary folder on free ports of 127.0.0.1, with a minimal
+environment: as the user who runs the tests or, if that is root, as the server's own
+account. The roles are `app`, which may create databases, and `limited`, which may do
+nothing until `allow` lets it use the table. Their password is SECRET.
 
-`missing` returns the Debian packages to install. A context manager kills every process of its server and removes the
-folder when it is left, also if the start failed or was interrupted. Servers have sessions of their own, so that Ctrl-C
-reaches only the process that started them.
+`missing` returns the Debian packages to install. A context manager kills every process
+of its server and removes the folder when it is left, also if the start failed or was
+interrupted. Servers have sessions of their own, so that Ctrl-C reaches only the process
+that started them.
 
-Configuration files that docs/databases.md shows are read from it. It describes three nodes, 10.0.0.11 to 10.0.0.13, and
-etcd on 10.0.0.21 to 10.0.0.23; PgBouncer and haproxy run on the machine of the service. The tests replace addresses,
-ports, folders, passwords and the mode of PgBouncer, see PGBOUNCER_DOCUMENTED, PATRONI_DOCUMENTED and HAProxy. They add
-one setting to patroni.yml, so that a killed PostgreSQL leaves no shared memory.
+Configuration files that docs/databases.md shows are read from it. It describes three
+nodes, 10.0.0.11 to 10.0.0.13, and etcd on 10.0.0.21 to 10.0.0.23; PgBouncer and haproxy
+run on the machine of the service. The tests replace addresses, ports, folders,
+passwords and the mode of PgBouncer, see PGBOUNCER_DOCUMENTED, PATRONI_DOCUMENTED and
+HAProxy. They add one setting to patroni.yml, so that a killed PostgreSQL leaves no
+shared memory.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ DOCUMENTATION = pathlib.Path(__file__).resolve().parent.parent / "docs" / "datab
 GALERA = pathlib.Path("/usr/lib/galera/libgalera_smm.so")
 SECRET = "h0rcrux"  # the password of every role
 
-# -- what is installed ---------------------------------------------------------
+# -- what is installed -----------------------------------------------------------------
 
 FOLDERS = [
     *os.environ.get("PATH", os.defpath).split(os.pathsep),
@@ -78,7 +83,8 @@ NEEDS = {
 
 
 def missing(*names):
-    """Return which Debian packages these context managers need and do not find, or "" if they have all they need."""
+    """Return which Debian packages these context managers need and do not find, or ""
+    if they have all they need."""
     needed = {program: None for name in names for program in NEEDS[name]}
     packages = [PACKAGES[program] for program in needed if not find_program(program)]
     return f"not installed (Debian packages): {' '.join(packages)}" if packages else ""
@@ -94,30 +100,38 @@ def program(name):
     """Return the path of a program."""
     if path := find_program(name):
         return path
-    raise FileNotFoundError(f"{name} is not installed (Debian package {PACKAGES.get(name, 'unknown')})")
+    raise FileNotFoundError(
+        f"{name} is not installed (Debian package {PACKAGES.get(name, 'unknown')})"
+    )
 
 
-# -- configuration from the documentation --------------------------------------
+# -- configuration from the documentation ----------------------------------------------
 
 
 def config_from_docs(path, name):
-    """Return the fenced code block of a Markdown file whose first line is a comment that starts with this name."""
+    """Return the fenced code block of a Markdown file whose first line is a comment
+    that starts with this name."""
     text = pathlib.Path(path).read_text("utf-8")
-    blocks = re.findall(rf"^```[^\n]*\n(# {re.escape(name)}(?![\w.-]).*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        rf"^```[^\n]*\n(# {re.escape(name)}(?![\w.-]).*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
     if len(blocks) != 1:
-        raise ValueError(f"{path} has {len(blocks)} code blocks that start with '# {name}', not one")
+        raise ValueError(
+            f"{path} has {len(blocks)} code blocks that start with '# {name}', not one"
+        )
     return blocks[0]
 
 
 def substitute(text, replacements):
-    """Replace every key, in one pass. Each has to occur, so that the documentation and the tests cannot drift apart."""
+    """Replace every key, in one pass. Each has to occur, so that the documentation and
+    the tests cannot drift apart."""
     if absent := [key for key in replacements if key not in text]:
         raise ValueError(f"the configuration does not contain {absent}")
     pattern = "|".join(map(re.escape, sorted(replacements, key=len, reverse=True)))
     return re.sub(pattern, lambda match: str(replacements[match[0]]), text)
 
 
-# -- processes -----------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------
 
 
 def processes():
@@ -126,23 +140,38 @@ def processes():
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         # One that has just ended has no files.
         with contextlib.suppress(OSError):
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            state, parent, _, session = (
+                (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            )
             if state not in "ZX":
-                found[int(folder.name)] = int(parent), int(session), (folder / "cmdline").read_bytes()
+                found[int(folder.name)] = (
+                    int(parent),
+                    int(session),
+                    (folder / "cmdline").read_bytes(),
+                )
     return found
 
 
 def family(is_root):
-    """Return the pids of the processes for which `is_root(session, command)` is true, and of all that they started.
+    """Return the pids of the processes for which `is_root(session, command)` is true,
+    and of all that they started.
 
-    PostgreSQL's children have sessions of their own; a script's children may outlive it, but stay in its session.
+    PostgreSQL's children have sessions of their own; a script's children may outlive
+    it, but stay in its session.
     """
     table = processes()
-    found, grown = set(), {pid for pid, (_, session, command) in table.items() if is_root(session, command)}
+    found, grown = (
+        set(),
+        {pid for pid, (_, session, command) in table.items() if is_root(session, command)},
+    )
     while grown != found:
         found = grown
         sessions = {table[pid][1] for pid in found} - {os.getsid(0)}
-        grown = found | {pid for pid, (parent, session, _) in table.items() if parent in found or session in sessions}
+        grown = found | {
+            pid
+            for pid, (parent, session, _) in table.items()
+            if parent in found or session in sessions
+        }
     return found
 
 
@@ -157,7 +186,8 @@ def freeze(is_root):
 
 
 def kill(pids):
-    """End processes with SIGKILL, wait for it, and remove the shared memory that a killed PostgreSQL leaves."""
+    """End processes with SIGKILL, wait for it, and remove the shared memory that a
+    killed PostgreSQL leaves."""
     mapped = ""
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -190,7 +220,8 @@ _ports = set()
 
 
 def free_port():
-    """Return a port that is free, was not returned before, and is below those that the system gives to clients."""
+    """Return a port that is free, was not returned before, and is below those that the
+    system gives to clients."""
     while True:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -204,7 +235,7 @@ def database_of(url):
     return url.partition("?")[0].rpartition("/")[2]
 
 
-# -- one server ----------------------------------------------------------------
+# -- one server ------------------------------------------------------------------------
 
 _open = set()
 
@@ -212,7 +243,8 @@ _open = set()
 class Server:
     """A server in a temporary folder, on a free port of 127.0.0.1.
 
-    Subclasses define `command` and `connect`, and start with `create`, which makes what the server needs and starts it.
+    Subclasses define `command` and `connect`, and start with `create`, which makes what
+    the server needs and starts it.
     """
 
     account = "nobody"  # who runs it if root must not
@@ -228,13 +260,22 @@ class Server:
         if os.geteuid() == 0:
             accounts = {entry.pw_name: entry for entry in pwd.getpwall()}
             account = accounts.get(self.account) or accounts["nobody"]
-            self.credentials = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+            self.credentials = {
+                "user": account.pw_uid,
+                "group": account.pw_gid,
+                "extra_groups": [],
+            }
             os.chown(self.folder, account.pw_uid, account.pw_gid)
-        self.environment = {"PATH": os.pathsep.join(FOLDERS), "HOME": str(self.folder), "LANG": "C.UTF-8"}
+        self.environment = {
+            "PATH": os.pathsep.join(FOLDERS),
+            "HOME": str(self.folder),
+            "LANG": "C.UTF-8",
+        }
         self.log = self.folder / "log"
 
     def write(self, name, text, mode=0o600):
-        """Create a file in the folder that belongs to the server's account, and return its path."""
+        """Create a file in the folder that belongs to the server's account, and return
+        its path."""
         path = self.folder / name
         path.write_text(text)
         path.chmod(mode)
@@ -283,7 +324,9 @@ class Server:
     def answers(self):
         """Return whether it is ready. Raise RuntimeError, with its log, if it has exited."""
         if self.process.poll() is not None:
-            raise self.failure(f"{type(self).__name__} exited with status {self.process.returncode}")
+            raise self.failure(
+                f"{type(self).__name__} exited with status {self.process.returncode}"
+            )
         return self.is_ready()
 
     def is_ready(self):
@@ -307,7 +350,8 @@ class Server:
         self._kill(started)
 
     def freeze(self):
-        """Suspend every process, as if the virtual machine were suspended. Connections stay open."""
+        """Suspend every process, as if the virtual machine were suspended. Connections
+        stay open."""
         freeze(self.is_own)
 
     def thaw(self):
@@ -332,7 +376,10 @@ class Server:
 
     def execute(self, statement, database=None):
         """Run one statement in a connection of its own and return its rows, if it has any."""
-        with contextlib.closing(self.connect(database)) as connection, connection.cursor() as cursor:
+        with (
+            contextlib.closing(self.connect(database)) as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute(statement)
             return list(cursor.fetchall()) if cursor.description else []
 
@@ -345,7 +392,8 @@ class Server:
 
 @atexit.register
 def close_all():
-    """Close the servers that are still open, for example because Ctrl-C was pressed again during `close`."""
+    """Close the servers that are still open, for example because Ctrl-C was pressed
+    again during `close`."""
     for server in list(_open):
         if server.creator == os.getpid():
             server.close()
@@ -359,7 +407,7 @@ def running(server, *arguments):
         yield server
 
 
-# -- PostgreSQL ----------------------------------------------------------------
+# -- PostgreSQL ------------------------------------------------------------------------
 
 
 class PostgreSQLProtocol(Server):
@@ -387,7 +435,9 @@ class PostgreSQLProtocol(Server):
 
     def allow(self, url):
         """Return the URL for a role that may change the rows of the table, and nothing else."""
-        self.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {self.table} TO limited", database_of(url))
+        self.execute(
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON {self.table} TO limited", database_of(url)
+        )
         return self.url(database_of(url), "limited")
 
 
@@ -428,11 +478,14 @@ class PostgreSQL(PostgreSQLProtocol):
         self.start()
 
     def command(self):
-        settings = [part for name, value in self.settings.items() for part in ("-c", f"{name}={value}")]
+        settings = [
+            part for name, value in self.settings.items() for part in ("-c", f"{name}={value}")
+        ]
         return [self.programs / "postgres", "-D", self.data, *settings]
 
     def is_postgresql(self, _, command):
-        """Return whether this is the first process of PostgreSQL, even if Patroni started it, in another session."""
+        """Return whether this is the first process of PostgreSQL, even if Patroni
+        started it, in another session."""
         return f"\0-D\0{self.data}\0".encode() in command
 
     def is_own(self, session, command):
@@ -452,20 +505,24 @@ def postgresql_with_standby(**settings):
         contextlib.closing(PostgreSQL(cluster_name="standby", **settings)) as standby,
     ):
         standby.create_standby(primary)
-        # Not earlier: the standby has a copy of these settings, and must not wait for another one once it is promoted.
+        # Not earlier: the standby has a copy of these settings, and must not wait for
+        # another one once it is promoted.
         primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
         primary.execute("SELECT pg_reload_conf()")
-        until(lambda: primary.execute("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        until(
+            lambda: primary.execute("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
+        )
         yield primary, standby
 
 
 def multi_host_url(servers, database, options="target_session_attrs=read-write"):
-    """Return one URL of several PostgreSQL servers, of which SQLAlchemy's driver uses the primary."""
+    """Return one URL of several PostgreSQL servers, of which SQLAlchemy's driver uses
+    the primary."""
     hosts = "".join(f"host=127.0.0.1:{server.port}&" for server in servers)
     return f"postgresql://app:{SECRET}@/{database}?{hosts}{options}"
 
 
-# -- MariaDB and Galera --------------------------------------------------------
+# -- MariaDB and Galera ----------------------------------------------------------------
 
 
 class MariaDB(Server):
@@ -496,7 +553,8 @@ class MariaDB(Server):
         }
 
     def install(self):
-        """Create the data folder, without roles of ours: a node of Galera gets them from the others."""
+        """Create the data folder, without roles of ours: a node of Galera gets them
+        from the others."""
         self.run(
             self.installer, "--no-defaults", f"--datadir={self.data}", "--auth-root-authentication-method=normal",
             "--skip-test-db",
@@ -513,7 +571,11 @@ class MariaDB(Server):
         self.start(f"--init-file={setup}", *arguments)
 
     def command(self):
-        return [self.program, "--no-defaults", *(f"--{name}={value}" for name, value in self.settings.items())]
+        return [
+            self.program,
+            "--no-defaults",
+            *(f"--{name}={value}" for name, value in self.settings.items()),
+        ]
 
     def connect(self, database=None, port=None):
         return pymysql.connect(
@@ -531,14 +593,16 @@ class MariaDB(Server):
         return f"mysql://{user}:{SECRET}@127.0.0.1:{port or self.port}/{database}"
 
     def allow(self, url):
-        """Return the URL for an account that may change the rows of the table, and nothing else."""
+        """Return the URL for an account that may change the rows of the table, and
+        nothing else."""
         name = database_of(url)
         self.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {name}.{self.table} TO limited")
         return self.url(name, "limited")
 
 
 class GaleraNode(MariaDB):
-    """A node of a Galera cluster: the one with this number, counted from 0, of those that listen on the addresses."""
+    """A node of a Galera cluster: the one with this number, counted from 0, of those
+    that listen on the addresses."""
 
     def __init__(self, addresses, number, **settings):
         options = {
@@ -551,7 +615,9 @@ class GaleraNode(MariaDB):
         cluster = {
             "wsrep-on": "ON",
             "wsrep-provider": GALERA,
-            "wsrep-provider-options": ";".join(f"{name}={value}" for name, value in options.items()),
+            "wsrep-provider-options": ";".join(
+                f"{name}={value}" for name, value in options.items()
+            ),
             "wsrep-cluster-address": "gcomm://" + ",".join(addresses),
             "wsrep-node-address": "127.0.0.1",
             "wsrep-sst-method": "rsync",
@@ -572,12 +638,16 @@ def mariadb(**settings):
 
 @contextlib.contextmanager
 def galera(count=3, **settings):
-    """Start a Galera cluster and yield its nodes, each of which accepts writes. A killed node returns with `start`."""
+    """Start a Galera cluster and yield its nodes, each of which accepts writes. A
+    killed node returns with `start`."""
     for name in NEEDS["galera"]:
         program(name)
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(count)]
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(contextlib.closing(GaleraNode(addresses, i, **settings))) for i in range(count)]
+        nodes = [
+            stack.enter_context(contextlib.closing(GaleraNode(addresses, i, **settings)))
+            for i in range(count)
+        ]
         nodes[0].create("--wsrep-new-cluster")
         for node in nodes[1:]:
             node.install()
@@ -585,7 +655,7 @@ def galera(count=3, **settings):
         yield nodes
 
 
-# -- PgBouncer and haproxy -----------------------------------------------------
+# -- PgBouncer and haproxy -------------------------------------------------------------
 
 
 # What the documentation shows, and what the test uses instead.
@@ -598,17 +668,25 @@ PGBOUNCER_DOCUMENTED = {
 
 
 class PgBouncer(PostgreSQLProtocol):
-    """PgBouncer in front of a PostgreSQL server, for the roles app and limited and all its databases."""
+    """PgBouncer in front of a PostgreSQL server, for the roles app and limited and all
+    its databases."""
 
     def __init__(self, server, mode, config):
         self.program = program("pgbouncer")
         super().__init__()
-        self.values = {"server": server.port, "port": self.port, "folder": self.folder, "mode": mode}
+        self.values = {
+            "server": server.port,
+            "port": self.port,
+            "folder": self.folder,
+            "mode": mode,
+        }
         self.config = config
 
     def create(self):
         self.write("userlist.txt", f'"app" "{SECRET}"\n"limited" "{SECRET}"\n')
-        self.write("pgbouncer.ini", substitute_documented(self.config, PGBOUNCER_DOCUMENTED, self.values))
+        self.write(
+            "pgbouncer.ini", substitute_documented(self.config, PGBOUNCER_DOCUMENTED, self.values)
+        )
         self.start()
 
     def command(self):
@@ -641,7 +719,8 @@ class HAProxy(Server):
     def is_ready(self):
         """Return whether it leads only to servers that accept writes.
 
-        haproxy considers every server healthy until two checks have failed, and until then connects to each in turn.
+        haproxy considers every server healthy until two checks have failed, and until
+        then connects to each in turn.
         """
         with contextlib.suppress(psycopg.Error, pymysql.Error):
             return all(self.execute(self.nodes[0].writable)[0][0] for _ in self.nodes)
@@ -659,16 +738,20 @@ def substitute_documented(config, documented, values):
 
 
 def pgbouncer(server, mode="transaction", config=None):
-    """Start PgBouncer in front of a server, in mode "transaction" or "session", with the documented pgbouncer.ini."""
-    return running(PgBouncer(server, mode, config or config_from_docs(DOCUMENTATION, "pgbouncer.ini")))
+    """Start PgBouncer in front of a server, in mode "transaction" or "session", with
+    the documented pgbouncer.ini."""
+    return running(
+        PgBouncer(server, mode, config or config_from_docs(DOCUMENTATION, "pgbouncer.ini"))
+    )
 
 
 def haproxy(config, nodes):
-    """Start haproxy with a documented configuration: `haproxy(config_from_docs(path, "haproxy-galera.cfg"), nodes)`."""
+    """Start haproxy with a documented configuration: `haproxy(config_from_docs(path,
+    "haproxy-galera.cfg"), nodes)`."""
     return running(HAProxy(config, nodes))
 
 
-# -- Patroni -------------------------------------------------------------------
+# -- Patroni ---------------------------------------------------------------------------
 
 
 def http_status(port, path):
@@ -756,7 +839,8 @@ class PatroniNode(PostgreSQL):
         return http_status(self.rest_port, "/primary") == 200
 
     def kill_postgresql(self):
-        """Kill PostgreSQL and not Patroni, which starts it again or lets another node take over."""
+        """Kill PostgreSQL and not Patroni, which starts it again or lets another node
+        take over."""
         kill(freeze(self.is_postgresql))
 
 
@@ -768,7 +852,9 @@ class Patroni:
 
     def primary(self, seconds=60):
         """Return the node that is the primary, waiting for one."""
-        return until(lambda: next((node for node in self.nodes if node.is_primary()), None), seconds, 0.1)
+        return until(
+            lambda: next((node for node in self.nodes if node.is_primary()), None), seconds, 0.1
+        )
 
     def standbys(self):
         primary = self.primary()
@@ -785,7 +871,9 @@ class Patroni:
     def _has_standby(self, condition):
         # The primary may just have been stopped.
         with contextlib.suppress(psycopg.Error):
-            return bool(self.primary().execute(f"SELECT 1 FROM pg_stat_replication WHERE {condition}"))
+            return bool(
+                self.primary().execute(f"SELECT 1 FROM pg_stat_replication WHERE {condition}")
+            )
         return False
 
     def kill(self, node):
@@ -795,7 +883,8 @@ class Patroni:
     def start(self, node, seconds=60):
         """Start a killed node again, and wait until it follows the primary.
 
-        A former primary accepts connections, stops, rewinds what the others do not have, and starts again.
+        A former primary accepts connections, stops, rewinds what the others do not
+        have, and starts again.
         """
         node.launch()
         until(lambda: node.answers() and self.is_following(node), seconds, 0.1)
@@ -810,12 +899,14 @@ class Patroni:
 
 @contextlib.contextmanager
 def patroni(count=3, config=None):
-    """Start nodes with the documented patroni.yml; yield the cluster once commits wait for a standby."""
+    """Start nodes with the documented patroni.yml; yield the cluster once commits wait
+    for a standby."""
     config = config or config_from_docs(DOCUMENTATION, "patroni.yml")
     with contextlib.ExitStack() as stack:
         etcd = stack.enter_context(running(Etcd()))
         nodes = [
-            stack.enter_context(contextlib.closing(PatroniNode(number, etcd, config))) for number in range(1, count + 1)
+            stack.enter_context(contextlib.closing(PatroniNode(number, etcd, config)))
+            for number in range(1, count + 1)
         ]
         nodes[0].start()
         cluster = Patroni(nodes, etcd)

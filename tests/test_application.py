@@ -1,4 +1,5 @@
-"""Tests of the sections *endpoints* and *application*: settings, first use, installed files, the log and CGI."""
+"""Tests of the sections *endpoints* and *application*: settings, first use, installed
+files, the log and CGI."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ import profiler
 ELSEWHERE = {"HTTP_HOST": "accounts.example.com"}
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -82,7 +83,17 @@ def test_invalid_iterations_in_the_environment_raise_valueerror(path, monkeypatc
 
 @pytest.mark.parametrize(
     "token",
-    ["", " ", "\n", "short", TOKEN[:-1], f"{TOKEN}\u00e9", f"{TOKEN} short", f"short\n{TOKEN}", f"{TOKEN}\0"],
+    [
+        "",
+        " ",
+        "\n",
+        "short",
+        TOKEN[:-1],
+        f"{TOKEN}\u00e9",
+        f"{TOKEN} short",
+        f"short\n{TOKEN}",
+        f"{TOKEN}\0",
+    ],
 )
 def test_short_or_unsendable_token_raises_valueerror(path, monkeypatch, token):
     with pytest.raises(ValueError, match="must be at least 16"):
@@ -98,7 +109,9 @@ def test_environment_may_hold_several_tokens(path, monkeypatch, separator):
     tokens = [TOKEN, TOKEN[::-1]]
     monkeypatch.setenv("PROFILER_TOKEN", separator.join(tokens) + separator)
     with contextlib.closing(profiler.create_app(path)) as application:
-        assert [call(application, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens] == [200, 200]
+        assert [
+            call(application, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens
+        ] == [200, 200]
         assert call(application).status == 401
 
 
@@ -120,7 +133,9 @@ def test_token_of_create_app_overrides_the_environment(path, monkeypatch):
         ("", True, 200),
     ],
 )
-def test_anonymous_comes_from_the_argument_or_the_environment(path, monkeypatch, variable, argument, status):
+def test_anonymous_comes_from_the_argument_or_the_environment(
+    path, monkeypatch, variable, argument, status
+):
     monkeypatch.setenv("PROFILER_ANONYMOUS", variable)
     with contextlib.closing(profiler.create_app(path, anonymous=argument)) as application:
         assert call(application, **ELSEWHERE).status == status
@@ -151,7 +166,7 @@ def test_rejected_requests_leave_no_memory_behind(guarded):
     assert left < 200 * 10_000 / 2
 
 
-# -- first use ---------------------------------------------------------------------------------------------------------
+# -- first use -------------------------------------------------------------------------
 
 
 def test_app_and_application_are_the_same():
@@ -198,9 +213,12 @@ def test_default_application_serves_any_host_if_anonymous(default, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PROFILER_TOKEN", "short"), ("PROFILER_ANONYMOUS", "yes"), ("PROFILER_ITERATIONS", "x")]
+    ("name", "value"),
+    [("PROFILER_TOKEN", "short"), ("PROFILER_ANONYMOUS", "yes"), ("PROFILER_ITERATIONS", "x")],
 )
-def test_default_application_with_invalid_setting_serves_nobody(default, path, monkeypatch, name, value):
+def test_default_application_with_invalid_setting_serves_nobody(
+    default, path, monkeypatch, name, value
+):
     """The server answers 500 and logs the exception."""
     monkeypatch.setenv(name, value)
     for _ in range(2):
@@ -235,7 +253,9 @@ def test_concurrent_first_requests_use_one_application():
 
     application = profiler.create_on_first_use(create)
     with ThreadPoolExecutor(8) as threads:
-        assert {answer.status for answer in threads.map(lambda _: call(application), range(8))} == {204}
+        assert {
+            answer.status for answer in threads.map(lambda _: call(application), range(8))
+        } == {204}
     assert (len(used), len(set(used))) == (8, 1)
 
 
@@ -245,9 +265,14 @@ def test_concurrent_first_requests_after_a_failure_use_one_application(default, 
     with pytest.raises(ValueError, match="token"):
         call(default)
     monkeypatch.delenv("PROFILER_TOKEN")
-    monkeypatch.setattr(profiler.sqlite3, "connect", lambda *a, **k: opened.append(1) or connect(*a, **k))
+    monkeypatch.setattr(
+        profiler.sqlite3, "connect", lambda *a, **k: opened.append(1) or connect(*a, **k)
+    )
     with ThreadPoolExecutor(32) as threads:
-        statuses = {answer.status for answer in threads.map(lambda _: call(default, "DELETE", "/users/1/"), range(64))}
+        statuses = {
+            answer.status
+            for answer in threads.map(lambda _: call(default, "DELETE", "/users/1/"), range(64))
+        }
     assert (statuses, len(opened)) == ({204}, 1)
 
 
@@ -261,16 +286,14 @@ def test_child_uses_the_application_of_its_parent(default):
 @pytest.mark.parametrize("name", ["sqlite3", "hashlib", "wsgiref.simple_server"])
 def test_incomplete_python_is_reported_in_one_line(tmp_path, name):
     """Debian's python3-minimal, and Python built without SQLite."""
-    program = (
-        f"import sys; sys.modules[{name!r}] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
-    )
+    program = f"import sys; sys.modules[{name!r}] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
     output = run_program(program, tmp_path)
     assert output.stdout.count("\n") == 1, output.stderr
     assert name in output.stdout
     assert "Install the complete Python" in output.stdout
 
 
-# -- the log -----------------------------------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------
 
 
 class Recorder(io.StringIO):
@@ -285,7 +308,9 @@ class Recorder(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), profiler.Busy("no"), profiler.Unavailable("no")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), profiler.Busy("no"), profiler.Unavailable("no")]
+)
 def test_each_error_is_logged_in_one_write(application, monkeypatch, error):
     """Otherwise the tracebacks of concurrent requests would interleave."""
 
@@ -310,8 +335,12 @@ class Closed(io.StringIO):
 
 
 @pytest.mark.parametrize("log", [Full, Closed])
-@pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError(), 500), (profiler.Busy("no"), 503)])
-def test_full_or_closed_log_does_not_prevent_the_response(application, monkeypatch, log, error, status):
+@pytest.mark.parametrize(
+    ("error", "status"), [(ZeroDivisionError(), 500), (profiler.Busy("no"), 503)]
+)
+def test_full_or_closed_log_does_not_prevent_the_response(
+    application, monkeypatch, log, error, status
+):
     def get(user_id):
         raise error
 
@@ -321,13 +350,18 @@ def test_full_or_closed_log_does_not_prevent_the_response(application, monkeypat
 
 @pytest.mark.parametrize(
     ("method", "path_info", "fields"),
-    [("GET", "/users/9/", None), ("POST", "/users/", {}), ("POST", "/users/verify/", HARRY), ("GET", "/nowhere", None)],
+    [
+        ("GET", "/users/9/", None),
+        ("POST", "/users/", {}),
+        ("POST", "/users/verify/", HARRY),
+        ("GET", "/nowhere", None),
+    ],
 )
 def test_errors_of_clients_are_not_logged(application, method, path_info, fields):
     assert call(application, method, path_info, fields=fields).errors == ""
 
 
-# -- installed files ---------------------------------------------------------------------------------------------------
+# -- installed files -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -357,19 +391,29 @@ def test_mount_point_without_slash_redirects_to_the_page(guarded, files):
     files["index.html"] = b"<html>"
     answer = call(validator(guarded), path="", SCRIPT_NAME="/accounts")
     assert (answer.status, answer.headers["Location"], answer.body) == (308, "/accounts/", b"")
-    assert (answer.headers["Content-Type"], answer.headers["Content-Length"]) == ("text/html; charset=utf-8", "0")
+    assert (answer.headers["Content-Type"], answer.headers["Content-Length"]) == (
+        "text/html; charset=utf-8",
+        "0",
+    )
 
 
 def test_document_is_served_without_token(guarded, files):
     files["openapi.json"] = b"{}"
     answer = call(guarded, path="/openapi.json")
-    assert (answer.status, answer.body, answer.headers["Content-Type"]) == (200, b"{}", "application/json")
+    assert (answer.status, answer.body, answer.headers["Content-Type"]) == (
+        200,
+        b"{}",
+        "application/json",
+    )
 
 
 @pytest.mark.parametrize("path_info", ["", "/", "/openapi.json"])
 def test_file_that_is_not_installed_returns_404_naming_the_users(guarded, files, path_info):
     answer = call(guarded, path=path_info)
-    assert (answer.status, answer.json) == (404, {"error": "Nothing is here: the users are at /users/"})
+    assert (answer.status, answer.json) == (
+        404,
+        {"error": "Nothing is here: the users are at /users/"},
+    )
 
 
 def test_page_and_document_are_found_next_to_the_module(application):
@@ -377,7 +421,7 @@ def test_page_and_document_are_found_next_to_the_module(application):
     assert call(application, path="/openapi.json").body == (HERE / "openapi.json").read_bytes()
 
 
-# -- CGI ---------------------------------------------------------------------------------------------------------------
+# -- CGI -------------------------------------------------------------------------------
 
 CGI = {
     "REQUEST_METHOD": "POST",
@@ -395,10 +439,16 @@ CGI = {
 
 
 def run_cgi(folder, **environ):
-    """Run a copy of the module as a CGI program. Its arguments are the client's: a query without "=" (RFC 3875 4.4)."""
+    """Run a copy of the module as a CGI program. Its arguments are the client's: a
+    query without "=" (RFC 3875 4.4)."""
     copy_module(folder)
     (folder / "profiler.py").chmod(0o755)
-    environ = {**os.environ, **CGI, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", **environ}
+    environ = {
+        **os.environ,
+        **CGI,
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        **environ,
+    }
     command = [str(folder / "profiler.py"), "--host", "0.0.0.0"]
     return subprocess.run(command, env=environ, cwd=folder, input=BODY, capture_output=True)
 
@@ -416,16 +466,24 @@ def test_cgi_program_serves_loopback_hosts_only(tmp_path):
     assert not (tmp_path / "db.sqlite3").exists()
 
 
-# -- the module --------------------------------------------------------------------------------------------------------
+# -- the module ------------------------------------------------------------------------
 
 
 def test_module_exports_its_public_names():
-    assert profiler.__all__ == ["app", "application", "create_app", "hash_password", "verify_password"]
+    assert profiler.__all__ == [
+        "app",
+        "application",
+        "create_app",
+        "hash_password",
+        "verify_password",
+    ]
 
 
 def test_private_names_are_used_in_their_own_section_only():
     source = (HERE / "profiler.py").read_text("utf-8")
-    banners = [number for number, line in enumerate(source.splitlines(), 1) if line.startswith("# -- ")]
+    banners = [
+        number for number, line in enumerate(source.splitlines(), 1) if line.startswith("# -- ")
+    ]
 
     def section(node):
         return sum(banner <= node.lineno for banner in banners)
@@ -438,6 +496,10 @@ def test_private_names_are_used_in_their_own_section_only():
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
         or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
     }
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and re.match("_[^_]", node.id)]
+    used = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and re.match("_[^_]", node.id)
+    ]
     assert [node.id for node in used if homes.get(node.id, section(node)) != section(node)] == []
     assert "_encode" in homes

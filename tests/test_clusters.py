@@ -1,4 +1,5 @@
-"""Services on clusters of database servers, some of which are killed. Run with `-m cluster`; it takes minutes."""
+"""Services on clusters of database servers, some of which are killed. Run with `-m
+cluster`; it takes minutes."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.cluster
 
 @contextlib.contextmanager
 def make_app(database):
-    with contextlib.closing(profiler_sqlalchemy.create_app(database, iterations=ITERATIONS)) as application:
+    with contextlib.closing(
+        profiler_sqlalchemy.create_app(database, iterations=ITERATIONS)
+    ) as application:
         yield application
 
 
@@ -48,7 +51,9 @@ class Clients:
         self.slowest = self.pause = 0.0  # seconds
         self.last = time.monotonic()
         self.threads = [
-            threading.Thread(target=self.write, args=(applications[number % len(applications)], number))
+            threading.Thread(
+                target=self.write, args=(applications[number % len(applications)], number)
+            )
             for number in range(8)
         ]
 
@@ -75,7 +80,8 @@ class Clients:
             if status == 201:
                 self.acknowledged.append(email)
                 self.pause, self.last = max(self.pause, now - self.last), now
-            # Leave the interpreter to the thread that kills a server, and the machine to the servers.
+            # Leave the interpreter to the thread that kills a server, and the machine
+            # to the servers.
             self.stopped.wait(0.01 if status == 201 else 0.02)
 
     def wait(self, count, seconds=90):
@@ -84,8 +90,11 @@ class Clients:
         servers.until(lambda: len(self.acknowledged) >= target, seconds)
 
     def check(self, name, application, slowest=12.5):
-        """Assert that only 201 and 503 were returned, in time, and that no acknowledged user is lost."""
-        print(f"{name}: {len(self.acknowledged)} users, pause {self.pause:.1f} s, slowest {self.slowest:.1f} s")
+        """Assert that only 201 and 503 were returned, in time, and that no acknowledged
+        user is lost."""
+        print(
+            f"{name}: {len(self.acknowledged)} users, pause {self.pause:.1f} s, slowest {self.slowest:.1f} s"
+        )
         assert self.statuses <= {201, 503}
         assert self.slowest < slowest
         assert emails_of(application) >= set(self.acknowledged)
@@ -95,7 +104,7 @@ def emails_of(application):
     return {user["email"] for user in call(application).json}
 
 
-# -- Galera ------------------------------------------------------------------------------------------------------------
+# -- Galera ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +133,9 @@ def test_user_can_be_updated_on_two_nodes_at_once(galera):
         assert create(one, "harry@example.com").status == 201
 
         def change(number):
-            return call((one, two)[number % 2], "PATCH", "/users/1/", fields={"first_name": str(number)}).status
+            return call(
+                (one, two)[number % 2], "PATCH", "/users/1/", fields={"first_name": str(number)}
+            ).status
 
         with ThreadPoolExecutor(6) as threads:
             statuses = list(threads.map(change, range(180)))
@@ -151,7 +162,7 @@ def test_killed_node_of_galera_loses_no_acknowledged_user(galera):
                 assert emails_of(application) >= set(clients.acknowledged)
 
 
-# -- PostgreSQL with a standby -----------------------------------------------------------------------------------------
+# -- PostgreSQL with a standby ---------------------------------------------------------
 
 
 def test_promoted_standby_has_all_acknowledged_users():
@@ -171,7 +182,10 @@ def test_promoted_standby_has_all_acknowledged_users():
 def test_writes_without_the_synchronous_standby_are_503_in_time():
     """Commits wait for it without limit, and statement_timeout does not end that."""
     require("postgresql_with_standby")
-    with servers.postgresql_with_standby() as (primary, standby), make_app(primary.make_database()) as application:
+    with (
+        servers.postgresql_with_standby() as (primary, standby),
+        make_app(primary.make_database()) as application,
+    ):
         assert create(application, "harry@example.com").status == 201
         standby.kill()
         begin = time.monotonic()
@@ -180,7 +194,7 @@ def test_writes_without_the_synchronous_standby_are_503_in_time():
         assert call(application, path="/users/1/").status == 200
 
 
-# -- Patroni -----------------------------------------------------------------------------------------------------------
+# -- Patroni ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +210,8 @@ def is_synchronous(node):
 
 @pytest.mark.parametrize("kind", ["machine", "postgres"])
 def test_killed_primary_of_patroni_loses_no_acknowledged_user(patroni, kind):
-    """Eight clients use the URL of all nodes, eight others haproxy, which asks Patroni for the primary.
+    """Eight clients use the URL of all nodes, eight others haproxy, which asks Patroni
+    for the primary.
 
     Writes pause for about `ttl`, 20 seconds, if the machine is killed.
     """
@@ -211,7 +226,10 @@ def test_killed_primary_of_patroni_loses_no_acknowledged_user(patroni, kind):
     ):
         servers.until(lambda: call(hosts).status == call(haproxy).status == 200, 30)
         primary = patroni.primary()
-        with Clients(hosts, prefix="hosts") as by_hosts, Clients(haproxy, prefix="haproxy") as by_haproxy:
+        with (
+            Clients(hosts, prefix="hosts") as by_hosts,
+            Clients(haproxy, prefix="haproxy") as by_haproxy,
+        ):
             by_hosts.wait(100)
             by_haproxy.wait(100)
             if kind == "machine":

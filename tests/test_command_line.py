@@ -17,20 +17,43 @@ import sys
 import zipapp
 
 import pytest
-from conftest import BODY, HARRY, HERE, RON, TOKEN, Answer, copy_module, execute, fill, post, run_program
+from conftest import (
+    BODY,
+    HARRY,
+    HERE,
+    RON,
+    TOKEN,
+    Answer,
+    copy_module,
+    execute,
+    fill,
+    post,
+    run_program,
+)
 
 import profiler
 
 IPV6 = socket.has_ipv6 and pathlib.Path("/proc/net/if_inet6").exists()
 needs_ipv6 = pytest.mark.skipif(not IPV6, reason="this system has no IPv6")
-needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/limits").exists(), reason="needs Linux's /proc")
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+needs_proc = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/limits").exists(), reason="needs Linux's /proc"
+)
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Command:
     """The command in a process of its own, in a folder with nothing but the two files."""
 
-    def __init__(self, folder, *arguments, command=(sys.executable, "profiler.py"), stderr=subprocess.PIPE, **environ):
+    def __init__(
+        self,
+        folder,
+        *arguments,
+        command=(sys.executable, "profiler.py"),
+        stderr=subprocess.PIPE,
+        **environ,
+    ):
         copy_module(folder)
         self.process = subprocess.Popen(
             [*command, *arguments],
@@ -105,12 +128,14 @@ def run(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def with_harry(tmp_path):
     """A folder with a database that has one user."""
-    with contextlib.closing(profiler.create_app(tmp_path / "db.sqlite3", iterations=1)) as application:
+    with contextlib.closing(
+        profiler.create_app(tmp_path / "db.sqlite3", iterations=1)
+    ) as application:
         assert post(application).status == 201
     return tmp_path
 
 
-# -- serving -----------------------------------------------------------------------------------------------------------
+# -- serving ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -121,9 +146,15 @@ def test_two_files_in_an_empty_folder_serve_until_a_signal(tmp_path, signum):
         assert ask(address).status == 200
         status, output, errors = command.end(signum)
     assert command.url == f"http://127.0.0.1:{address[1]}/\n"
-    assert command.banner == f"Database: {tmp_path / 'db.sqlite3'} (users: 0). Press Ctrl-C to stop.\n"
+    assert (
+        command.banner
+        == f"Database: {tmp_path / 'db.sqlite3'} (users: 0). Press Ctrl-C to stop.\n"
+    )
     assert (status, output) == (0, "")
-    assert [line.split('"')[1] for line in errors.splitlines()] == ["POST /users/ HTTP/1.1", "GET /users/ HTTP/1.1"]
+    assert [line.split('"')[1] for line in errors.splitlines()] == [
+        "POST /users/ HTTP/1.1",
+        "GET /users/ HTTP/1.1",
+    ]
     # SQLite's -wal file was merged and deleted.
     assert sorted(os.listdir(tmp_path)) == ["db.sqlite3", "profiler.py", "schema.sql"]
     assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(1,)]
@@ -140,7 +171,10 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
 def test_nohup_is_honoured(tmp_path):
-    with inheriting(signal.SIGHUP, signal.SIG_IGN), Command(tmp_path, "--port", "0", "--no-access-log") as command:
+    with (
+        inheriting(signal.SIGHUP, signal.SIG_IGN),
+        Command(tmp_path, "--port", "0", "--no-access-log") as command,
+    ):
         address = command.address()
         command.process.send_signal(signal.SIGHUP)
         for _ in range(3):
@@ -177,10 +211,18 @@ def test_url_is_the_page(tmp_path):
 @needs_proc
 def test_idle_server_uses_no_processor(tmp_path):
     def ticks(pid):
-        return sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return sum(
+            map(
+                int,
+                pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13],
+            )
+        )
 
     # While there is a connection, its deadlines have to be checked.
-    with Command(tmp_path, "--port", "0") as command, contextlib.closing(socket.create_connection(command.address())):
+    with (
+        Command(tmp_path, "--port", "0") as command,
+        contextlib.closing(socket.create_connection(command.address())),
+    ):
         before = ticks(command.process.pid)
         select.select([], [], [], 1)
         assert ticks(command.process.pid) - before <= os.sysconf("SC_CLK_TCK") / 20
@@ -191,10 +233,14 @@ def test_more_connections_than_open_files_are_served(tmp_path):
     """Some descriptors are reserved for the database."""
     limited = ("sh", "-c", f'ulimit -n 80; exec {sys.executable} profiler.py "$@"', "sh")
     with contextlib.ExitStack() as stack:
-        command = stack.enter_context(Command(tmp_path, "--port", "0", "--no-access-log", command=limited))
+        command = stack.enter_context(
+            Command(tmp_path, "--port", "0", "--no-access-log", command=limited)
+        )
         address = command.address()
         for _ in range(100):
-            connection = stack.enter_context(contextlib.closing(http.client.HTTPConnection(*address, timeout=10)))
+            connection = stack.enter_context(
+                contextlib.closing(http.client.HTTPConnection(*address, timeout=10))
+            )
             connection.request("GET", "/users/")
             assert connection.getresponse().read() == b"[]\n"
         connection.request("POST", "/users/", BODY, {"Content-Type": "application/json"})
@@ -202,7 +248,7 @@ def test_more_connections_than_open_files_are_served(tmp_path):
         assert command.end(signal.SIGTERM) == (0, "", "")
 
 
-# -- log ---------------------------------------------------------------------------------------------------------------
+# -- log -------------------------------------------------------------------------------
 
 
 def test_no_access_log_is_silent(tmp_path):
@@ -216,7 +262,9 @@ def test_no_access_log_is_silent(tmp_path):
 def test_closed_or_full_stderr_is_no_failure(tmp_path, redirection):
     """Nor is the warning about few iterations."""
     shell = ("sh", "-c", f'exec {sys.executable} profiler.py "$@" {redirection}', "sh")
-    with Command(tmp_path, "--port", "0", "--iterations", "1", command=shell, PYTHONUNBUFFERED="") as command:
+    with Command(
+        tmp_path, "--port", "0", "--iterations", "1", command=shell, PYTHONUNBUFFERED=""
+    ) as command:
         address = command.address()
         for _ in range(2):
             assert ask(address).json == []
@@ -238,7 +286,10 @@ def test_stderr_that_nobody_reads_blocks_neither_requests_nor_shutdown(tmp_path)
         with Command(tmp_path, "--port", "0", stderr=writer) as command:
             address = command.address()
             for number in range(3):
-                assert ask(address, "POST", fields={**HARRY, "email": f"{number}@example.com"}).status == 201
+                assert (
+                    ask(address, "POST", fields={**HARRY, "email": f"{number}@example.com"}).status
+                    == 201
+                )
                 assert ask(address).status == 200
             assert command.end(signal.SIGTERM)[0] == 0
 
@@ -246,7 +297,9 @@ def test_stderr_that_nobody_reads_blocks_neither_requests_nor_shutdown(tmp_path)
 def test_stuck_statement_does_not_stop_shutdown(tmp_path):
     """A search that never ends, in a worker."""
     copy_module(tmp_path)
-    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    endless = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    )
     program = f"""
 import os, profiler
 profiler.DRAIN_TIMEOUT = profiler.CLOSE_TIMEOUT = 0.1
@@ -259,7 +312,9 @@ profiler.main(["--port", "0", "--no-access-log"])
     with contextlib.ExitStack() as stack:
         command = stack.enter_context(Command(tmp_path, command=(sys.executable, "-c", program)))
         address = command.address()
-        connection = stack.enter_context(contextlib.closing(socket.create_connection(address, timeout=10)))
+        connection = stack.enter_context(
+            contextlib.closing(socket.create_connection(address, timeout=10))
+        )
         connection.sendall(b"GET /users/?q=x HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert ask(address).json == []
         assert command.end(signal.SIGTERM) == (0, "", "")
@@ -268,21 +323,29 @@ profiler.main(["--port", "0", "--no-access-log"])
 
 @needs_proc
 def test_closed_stderr_is_not_replaced_by_the_database(tmp_path):
-    """What is written to descriptor 2, such as a fatal error of the interpreter, must not end up in a file."""
+    """What is written to descriptor 2, such as a fatal error of the interpreter, must
+    not end up in a file."""
     shell = ("sh", "-c", f'exec {sys.executable} profiler.py "$@" 2>&-', "sh")
     with Command(tmp_path, "--port", "0", command=shell) as command:
         command.address()
         assert os.readlink(f"/proc/{command.process.pid}/fd/2") == os.devnull
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------
 
 
 def test_flags_override_the_environment_which_overrides_defaults(tmp_path):
-    with Command(tmp_path, "--database", "flag.sqlite3", PROFILER_DATABASE="environment.sqlite3", PORT="0") as command:
+    with Command(
+        tmp_path, "--database", "flag.sqlite3", PROFILER_DATABASE="environment.sqlite3", PORT="0"
+    ) as command:
         command.address()
         assert "flag.sqlite3" in command.banner
-    environ = {"PROFILER_DATABASE": "environment.sqlite3", "PROFILER_PORT": "0", "PORT": "bad", "PROFILER_HOST": "::1"}
+    environ = {
+        "PROFILER_DATABASE": "environment.sqlite3",
+        "PROFILER_PORT": "0",
+        "PORT": "bad",
+        "PROFILER_HOST": "::1",
+    }
     with Command(tmp_path, "--host", "127.0.0.1", **environ) as command:
         command.address()
         assert "environment.sqlite3" in command.banner
@@ -291,7 +354,9 @@ def test_flags_override_the_environment_which_overrides_defaults(tmp_path):
 
 def test_empty_environment_variables_count_as_unset(tmp_path):
     names = ["HOST", "DATABASE", "ANONYMOUS", "ITERATIONS"]
-    with Command(tmp_path, PROFILER_PORT="", PORT="0", **{f"PROFILER_{name}": "" for name in names}) as command:
+    with Command(
+        tmp_path, PROFILER_PORT="", PORT="0", **{f"PROFILER_{name}": "" for name in names}
+    ) as command:
         assert command.address()[0] == "127.0.0.1"
         assert "db.sqlite3" in command.banner
 
@@ -349,7 +414,9 @@ def test_invalid_setting_exits_with_2_and_names_it(run, arguments, environ, mess
 def test_undecodable_host_exits_with_2_and_no_traceback(tmp_path):
     copy_module(tmp_path)
     environ = {**os.environb, b"PROFILER_HOST": b"\xff"}
-    output = subprocess.run([sys.executable, "profiler.py"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "profiler.py"], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
     assert (output.returncode, output.stdout) == (2, "")
     assert "Traceback" not in output.stderr
     assert "invalid host" in output.stderr.splitlines()[-1]
@@ -357,7 +424,8 @@ def test_undecodable_host_exits_with_2_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--token", TOKEN], [f"--token={TOKEN}"]])
 def test_token_is_not_taken_from_the_command_line(run, arguments):
-    """Everybody could read it in the list of processes. It is not an abbreviation of --token-file."""
+    """Everybody could read it in the list of processes. It is not an abbreviation of
+    --token-file."""
     status, _, errors = run(*arguments)
     assert status == 2
     assert "--token-file" not in errors.splitlines()[-1]
@@ -411,7 +479,9 @@ def test_each_line_of_the_token_file_is_a_token(tmp_path):
     """The file may begin with a byte order mark."""
     tokens = [f"{TOKEN}{number}" for number in range(3)]
     (tmp_path / "tokens").write_bytes("\r\n".join(["", *tokens, ""]).encode("utf-8-sig"))
-    with Command(tmp_path, "--port", "0", "--token-file", "tokens", PROFILER_TOKEN="unused" * 9) as command:
+    with Command(
+        tmp_path, "--port", "0", "--token-file", "tokens", PROFILER_TOKEN="unused" * 9
+    ) as command:
         address = command.address()
         for token in tokens:
             assert ask(address, Authorization=f"Bearer {token}").status == 200
@@ -427,7 +497,9 @@ def test_without_a_token_only_loopback_hosts_are_served(tmp_path):
         assert ask(address, Host="localhost").status == 200
 
 
-@pytest.mark.parametrize(("arguments", "environ"), [(["--anonymous"], {}), ([], {"PROFILER_ANONYMOUS": "1"})])
+@pytest.mark.parametrize(
+    ("arguments", "environ"), [(["--anonymous"], {}), ([], {"PROFILER_ANONYMOUS": "1"})]
+)
 def test_anonymous_opens_other_addresses_and_hosts(tmp_path, arguments, environ):
     with Command(tmp_path, "--host", "0.0.0.0", "--port", "0", *arguments, **environ) as command:
         assert ask(command.address(), Host="accounts.example").status == 200
@@ -435,7 +507,10 @@ def test_anonymous_opens_other_addresses_and_hosts(tmp_path, arguments, environ)
 
 @pytest.mark.parametrize(
     ("arguments", "environ"),
-    [(["--iterations", "1000"], {"PROFILER_ITERATIONS": "2000"}), ([], {"PROFILER_ITERATIONS": "1000"})],
+    [
+        (["--iterations", "1000"], {"PROFILER_ITERATIONS": "2000"}),
+        ([], {"PROFILER_ITERATIONS": "1000"}),
+    ],
 )
 def test_few_iterations_are_used_with_a_warning(tmp_path, arguments, environ):
     with Command(tmp_path, "--port", "0", "--no-access-log", *arguments, **environ) as command:
@@ -450,7 +525,7 @@ def test_few_iterations_are_used_with_a_warning(tmp_path, arguments, environ):
     assert password_hash.startswith("pbkdf2:sha256:1000$")
 
 
-# -- failures ----------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------
 
 
 def test_port_in_use_is_one_line_and_exit_1(tmp_path):
@@ -463,7 +538,9 @@ def test_port_in_use_is_one_line_and_exit_1(tmp_path):
     assert "--port" in errors
 
 
-@pytest.mark.parametrize("arguments", [["--port", "0"], ["initialise-database"], ["backup", "copy"]])
+@pytest.mark.parametrize(
+    "arguments", [["--port", "0"], ["initialise-database"], ["backup", "copy"]]
+)
 def test_missing_folder_is_one_line_and_exit_1(run, tmp_path, arguments):
     status, output, errors = run("--database", "missing/db.sqlite3", *arguments)
     assert (status, output, errors.count("\n")) == (1, "", 1)
@@ -482,7 +559,9 @@ def test_deleted_current_folder_is_one_line_and_exit_1(run, tmp_path, monkeypatc
     assert "No such file or directory" in errors
 
 
-@pytest.mark.parametrize("arguments", [["--port", "0"], ["initialise-database", "--force"], ["backup", "copy"]])
+@pytest.mark.parametrize(
+    "arguments", [["--port", "0"], ["initialise-database", "--force"], ["backup", "copy"]]
+)
 @pytest.mark.parametrize("content", [b"I am Tom Riddle. " * 100, b"I am Tom Riddle."])
 def test_file_that_is_no_database_is_one_line_and_exit_1(run, tmp_path, arguments, content):
     (tmp_path / "diary").write_bytes(content)
@@ -505,7 +584,9 @@ def test_file_that_was_moved_is_not_recreated(tmp_path):
 
 def test_missing_schema_is_one_line_and_leaves_no_file(tmp_path):
     shutil.copy(HERE / "profiler.py", tmp_path)
-    output = subprocess.run([sys.executable, "profiler.py"], cwd=tmp_path, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "profiler.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (output.returncode, output.stdout, output.stderr.count("\n")) == (1, "", 1)
     assert "schema.sql" in output.stderr
     assert os.listdir(tmp_path) == ["profiler.py"]
@@ -518,22 +599,23 @@ WITHOUT_OPENSSL = "import hashlib; del hashlib.pbkdf2_hmac"
 @pytest.mark.parametrize("preparation", [WITHOUT_SQLITE, WITHOUT_OPENSSL])
 def test_python_without_sqlite_or_openssl_is_one_line(tmp_path, preparation):
     copy_module(tmp_path)
-    output = run_program(f"{preparation}; import runpy; runpy.run_path('profiler.py', run_name='__main__')", tmp_path)
+    output = run_program(
+        f"{preparation}; import runpy; runpy.run_path('profiler.py', run_name='__main__')",
+        tmp_path,
+    )
     assert (output.returncode, output.stdout, output.stderr.count("\n")) == (1, "", 1)
     assert "python3-minimal" in output.stderr
 
 
 def test_importing_without_sqlite_raises_import_error(tmp_path):
     copy_module(tmp_path)
-    program = (
-        "import sys; sys.modules['sqlite3'] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
-    )
+    program = "import sys; sys.modules['sqlite3'] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
     output = run_program(program, tmp_path)
     assert "python3-minimal" in output.stdout
     assert output.stderr == ""
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------
 
 
 def test_version(run):
@@ -543,15 +625,30 @@ def test_version(run):
 def test_help_lists_commands_flags_and_variables(run):
     status, output, _ = run("--help")
     assert status == 0
-    flags = "--host --port --database --token-file --anonymous --iterations --no-access-log --version"
+    flags = (
+        "--host --port --database --token-file --anonymous --iterations --no-access-log --version"
+    )
     variables = "HOST PORT DATABASE TOKEN ANONYMOUS ITERATIONS"
-    for word in ["initialise-database", "backup", *flags.split(), *(f"PROFILER_{name}" for name in variables.split())]:
+    for word in [
+        "initialise-database",
+        "backup",
+        *flags.split(),
+        *(f"PROFILER_{name}" for name in variables.split()),
+    ]:
         assert word in output
 
 
 def test_initialise_database_creates_the_table(run, tmp_path):
-    assert run("initialise-database", "--database", "a.sqlite3") == (0, "Successfully created database schema.\n", "")
-    assert run("--database", "a.sqlite3", "initialise-database") == (0, "The database schema exists.\n", "")
+    assert run("initialise-database", "--database", "a.sqlite3") == (
+        0,
+        "Successfully created database schema.\n",
+        "",
+    )
+    assert run("--database", "a.sqlite3", "initialise-database") == (
+        0,
+        "The database schema exists.\n",
+        "",
+    )
     assert execute(tmp_path / "a.sqlite3", 'SELECT count(*) FROM "user"') == [(0,)]
     assert not (tmp_path / "db.sqlite3").exists()
 
@@ -563,7 +660,11 @@ def test_initialise_database_deletes_users_only_with_force(run, path):
     assert "users (3)" in errors
     assert "--force" in errors
     assert execute(path, 'SELECT count(*) FROM "user"') == [(3,)]
-    assert run("initialise-database", "--force") == (0, "Successfully created database schema.\n", "")
+    assert run("initialise-database", "--force") == (
+        0,
+        "Successfully created database schema.\n",
+        "",
+    )
     assert execute(path, 'SELECT count(*) FROM "user"') == [(0,)]
 
 
@@ -578,7 +679,16 @@ def test_initialise_database_does_not_reuse_ids_of_an_empty_table(run, path):
 @pytest.mark.parametrize("arguments", [["initialise-database"], ["backup", "copy"]])
 def test_commands_ignore_settings_of_the_server(run, path, arguments):
     fill(path, 0)
-    assert run(*arguments, PROFILER_PORT="x", PORT="x", PROFILER_HOST="0.0.0.0", PROFILER_TOKEN="short")[0] == 0
+    assert (
+        run(
+            *arguments,
+            PROFILER_PORT="x",
+            PORT="x",
+            PROFILER_HOST="0.0.0.0",
+            PROFILER_TOKEN="short",
+        )[0]
+        == 0
+    )
 
 
 def test_backup_of_a_missing_database_creates_nothing(run, tmp_path):
@@ -608,12 +718,13 @@ def test_backup_that_fails_is_one_line_and_exit_1(run, with_harry, target):
     assert {name: (with_harry / name).read_bytes() for name in os.listdir(with_harry)} == before
 
 
-# -- other ways to run it ----------------------------------------------------------------------------------------------
+# -- other ways to run it --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("entry_point", ["profiler:main", None])
 def test_zip_archive_is_served(tmp_path, entry_point):
-    """Made by zipapp, of the module or of a copy that is called __main__.py, and run by a relative path."""
+    """Made by zipapp, of the module or of a copy that is called __main__.py, and run by
+    a relative path."""
     source = tmp_path / "source"
     source.mkdir()
     copy_module(source)

@@ -1,4 +1,5 @@
-"""Tests of the section *database*: one SQLite file, its locks, threads and forks, schema.sql and backups."""
+"""Tests of the section *database*: one SQLite file, its locks, threads and forks,
+schema.sql and backups."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ from conftest import (
 
 import profiler
 
-INSERT = "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c', 'd')"
+INSERT = (
+    "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c', 'd')"
+)
 
 
 def write(application, path="/users/1/"):
@@ -47,7 +50,8 @@ def write(application, path="/users/1/"):
 
 @pytest.fixture
 def connections(monkeypatch):
-    """The connections that are opened during the test, and their class, whose `errors` a test can fill."""
+    """The connections that are opened during the test, and their class, whose `errors`
+    a test can fill."""
     connect, opened = sqlite3.connect, []
 
     class Connection(sqlite3.Connection):
@@ -74,7 +78,7 @@ def connections(monkeypatch):
     return opened, Connection
 
 
-# -- opening -----------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------
 
 
 def test_import_opens_no_file(tmp_path):
@@ -95,7 +99,9 @@ def test_database_in_memory_raises_valueerror(name):
         profiler.create_app(name)
 
 
-@pytest.mark.parametrize("url", ["postgresql://app:secret@localhost/app", "mysql://localhost", "sqlite:///x"])
+@pytest.mark.parametrize(
+    "url", ["postgresql://app:secret@localhost/app", "mysql://localhost", "sqlite:///x"]
+)
 def test_url_raises_valueerror_naming_profiler_sqlalchemy(url):
     with pytest.raises(ValueError, match="profiler_sqlalchemy") as caught:
         profiler.create_app(url)
@@ -113,7 +119,9 @@ def test_new_file_behind_a_symbolic_link_is_readable_by_its_owner_only(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "db.sqlite3")
     with contextlib.closing(profiler.create_app(tmp_path / "link", iterations=1)) as application:
         assert post(application).status == 201
-        assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "elsewhere").iterdir()} == {0o600}
+        assert {
+            stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "elsewhere").iterdir()
+        } == {0o600}
 
 
 def test_wal_mode_with_every_commit_synced(application, users, path):
@@ -141,7 +149,10 @@ def test_file_name_may_contain_special_characters(tmp_path, name):
 def test_all_threads_share_three_connections(application, connections):
     with ThreadPoolExecutor(8) as threads:
         for function in (call, write, lambda application: call(application, QUERY_STRING="q=x")):
-            assert {answer.status for answer in threads.map(function, [application] * 40)} <= {200, 204}
+            assert {answer.status for answer in threads.map(function, [application] * 40)} <= {
+                200,
+                204,
+            }
     assert len(connections[0]) == 3
 
 
@@ -191,7 +202,7 @@ def test_folder_in_place_of_the_file_returns_503(path):
     assert call(profiler.create_app(path)).status == 503
 
 
-# -- schema.sql --------------------------------------------------------------------------------------------------------
+# -- schema.sql ------------------------------------------------------------------------
 
 
 def test_schema_has_the_columns_of_the_tutorial(path):
@@ -207,7 +218,9 @@ HOSTILE_SCHEMAS = {
     "delete": TUTORIAL_SCHEMA + 'DELETE FROM "user";\nDROP TABLE user;',
     "alter": TUTORIAL_SCHEMA + "ALTER TABLE user RENAME TO users;",
     "replace": TUTORIAL_SCHEMA + "DROP TABLE user; " + TUTORIAL_SCHEMA,
-    "update": "UPDATE user SET password = '';" + TUTORIAL_SCHEMA + "CREATE TABLE post (user TEXT);",
+    "update": "UPDATE user SET password = '';"
+    + TUTORIAL_SCHEMA
+    + "CREATE TABLE post (user TEXT);",
 }
 
 
@@ -229,7 +242,9 @@ def test_foreign_schema_sql_deletes_no_users(path, users, tmp_path, schema, name
     users.close()
     assert users.count() == 8
     assert execute(path, 'SELECT * FROM "user" WHERE id < 8') == before
-    assert execute(tmp_path / "copy", "SELECT name FROM sqlite_master WHERE type = 'table'")[0] == ("user",)
+    assert execute(tmp_path / "copy", "SELECT name FROM sqlite_master WHERE type = 'table'")[
+        0
+    ] == ("user",)
 
 
 @pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
@@ -238,7 +253,9 @@ def test_foreign_schema_sql_creates_the_table_of_users_only(path, users, schema,
     users.create("Harry", "Potter", "harry@example.com", "1234")
     users.close()
     assert users.count() == 1
-    tables = execute(path, "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+    tables = execute(
+        path, "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+    )
     assert tables == [("user",)]
 
 
@@ -249,23 +266,43 @@ def test_existing_table_is_used_without_reading_schema_sql(application, path, mo
     assert (post(application).status, len(call(application).json)) == (201, 1)
 
 
-@pytest.mark.parametrize("text", ["", "CREATE TABLE users (id INTEGER);", "CREATE TABLE post (user TEXT);"])
-def test_schema_sql_without_the_table_returns_503_and_leaves_no_file(application, path, schema, text):
+@pytest.mark.parametrize(
+    "text", ["", "CREATE TABLE users (id INTEGER);", "CREATE TABLE post (user TEXT);"]
+)
+def test_schema_sql_without_the_table_returns_503_and_leaves_no_file(
+    application, path, schema, text
+):
     schema(text)
     answer = call(application)
-    assert (answer.status, "schema.sql does not create" in answer.errors, path.exists()) == (503, True, False)
+    assert (answer.status, "schema.sql does not create" in answer.errors, path.exists()) == (
+        503,
+        True,
+        False,
+    )
 
 
 def test_tutorial_database_is_served_as_it_is(client, path):
     execute(path, TUTORIAL_SCHEMA.strip())
-    row = ("Harry", "Potter", "harry@example.com", profiler.hash_password("1234", 1), "2020-01-02 03:04:05")
-    execute(path, "INSERT INTO user (first_name, last_name, email, password, created_on) VALUES (?, ?, ?, ?, ?)", row)
+    row = (
+        "Harry",
+        "Potter",
+        "harry@example.com",
+        profiler.hash_password("1234", 1),
+        "2020-01-02 03:04:05",
+    )
+    execute(
+        path,
+        "INSERT INTO user (first_name, last_name, email, password, created_on) VALUES (?, ?, ?, ?, ?)",
+        row,
+    )
     assert client.get("/users/1/").json["created_on"] == "2020-01-02 03:04:05"
     client.post_json("/users/", {**RON, "email": "Harry@example.com"}, status=400)
     assert client.post_json("/users/", RON, status=201).json == {"id": 2}
     client.put_json("/users/2/", {**RON, "email": "HARRY@example.com"}, status=400)
     client.post_json("/users/verify/", {**HARRY, "email": "HARRY@example.com"}, status=200)
-    assert execute(path, "SELECT sql FROM sqlite_master WHERE name = 'user'") == [(TUTORIAL_SCHEMA.strip()[:-1],)]
+    assert execute(path, "SELECT sql FROM sqlite_master WHERE name = 'user'") == [
+        (TUTORIAL_SCHEMA.strip()[:-1],)
+    ]
 
 
 def test_table_of_another_shape_returns_503(application, path):
@@ -277,7 +314,9 @@ def test_table_of_another_shape_returns_503(application, path):
 
 def test_health_of_an_sqlite_without_json_returns_503(application, connections):
     """An option of SQLite before 3.38."""
-    connections[1].errors["json_object"] = sqlite3.OperationalError("no such function: json_object")
+    connections[1].errors["json_object"] = sqlite3.OperationalError(
+        "no such function: json_object"
+    )
     answer = call(application, path="/health/")
     assert (answer.status, "json_object" in answer.errors) == (503, True)
 
@@ -287,7 +326,10 @@ def test_view_instead_of_a_table_can_be_read(application, path):
     execute(path, "CREATE VIEW user AS SELECT * FROM account")
     assert (call(application).json, call(application, path="/health/").status) == ([], 200)
     answer = post(application)
-    assert (answer.status, "cannot modify user because it is a view" in answer.errors) == (503, True)
+    assert (answer.status, "cannot modify user because it is a view" in answer.errors) == (
+        503,
+        True,
+    )
 
 
 def test_log_names_the_missing_column_of_a_table_without_autoincrement(application, path):
@@ -300,7 +342,9 @@ def test_files_are_found_in_a_zip_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
         archive.write(HERE / "profiler.py", "profiler.py")
         archive.write(HERE / "schema.sql", "schema.sql")
-    program = "import profiler; print(profiler.__file__, profiler.create_app('x.sqlite3').users.count())"
+    program = (
+        "import profiler; print(profiler.__file__, profiler.create_app('x.sqlite3').users.count())"
+    )
     output = run_program(program, tmp_path, PYTHONPATH=str(tmp_path / "app.zip"))
     assert output.stdout.split() == [str(tmp_path / "app.zip" / "profiler.py"), "0"], output.stderr
 
@@ -330,7 +374,7 @@ def test_missing_schema_sql_is_named(tmp_path):
     assert not (tmp_path / "x.sqlite3").exists()
 
 
-# -- transactions and locks --------------------------------------------------------------------------------------------
+# -- transactions and locks ------------------------------------------------------------
 
 
 def test_failed_transaction_is_rolled_back(application, users):
@@ -343,7 +387,9 @@ def test_failed_transaction_is_rolled_back(application, users):
 
 def test_connection_that_cannot_roll_back_is_closed(application, users, path, connections):
     _, kind = connections
-    kind.errors.update(dict.fromkeys(["COMMIT", "ROLLBACK"], sqlite3.OperationalError("disk I/O error")))
+    kind.errors.update(
+        dict.fromkeys(["COMMIT", "ROLLBACK"], sqlite3.OperationalError("disk I/O error"))
+    )
     assert post(application).status == 503
     kind.errors.clear()
     assert execute(path, 'SELECT count(*) FROM "user"') == [(0,)]
@@ -364,12 +410,16 @@ def test_connection_that_cannot_roll_back_is_closed(application, users, path, co
         (sqlite3.IntegrityError("CHECK constraint failed"), 500),
     ],
 )
-def test_operational_error_returns_503_and_other_errors_500(application, connections, short_timeouts, error, status):
+def test_operational_error_returns_503_and_other_errors_500(
+    application, connections, short_timeouts, error, status
+):
     connections[1].errors["COMMIT"] = error
     answer = write(application)
     assert (answer.status, str(error) in answer.errors) == (status, True)
     if status == 503:
-        assert answer.error.startswith("The service is busy" if "lock" in str(error) else "The database is unavailable")
+        assert answer.error.startswith(
+            "The service is busy" if "lock" in str(error) else "The database is unavailable"
+        )
         assert answer.errors.count("\n") == 1
     connections[1].errors.clear()
     assert write(application).status == 204
@@ -396,10 +446,16 @@ def test_locked_database_returns_503_and_logs_one_line(application, path, short_
     assert execute(path, 'SELECT count(*) FROM "user"') == [(1,)]
 
 
-def test_write_that_waits_too_long_for_another_thread_returns_503(application, users, short_timeouts):
+def test_write_that_waits_too_long_for_another_thread_returns_503(
+    application, users, short_timeouts
+):
     with users.transaction():
         answer = write(application)
-    assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (503, "1", 1)
+    assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (
+        503,
+        "1",
+        1,
+    )
 
 
 def test_waiting_writer_retries_at_short_intervals(application, path, monkeypatch):
@@ -408,22 +464,29 @@ def test_waiting_writer_retries_at_short_intervals(application, path, monkeypatc
     assert write(application).status == 204
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(path))
-        monkeypatch.setattr(profiler.time, "sleep", lambda seconds: pauses.append(seconds) or stack.close())
+        monkeypatch.setattr(
+            profiler.time, "sleep", lambda seconds: pauses.append(seconds) or stack.close()
+        )
         assert write(application).status == 204
     assert len(pauses) == 1
     assert pauses[0] <= 0.01
 
 
 @pytest.mark.parametrize("is_wal", [True, False])
-def test_reads_are_served_while_another_process_holds_the_write_lock(application, path, is_wal, short_timeouts):
-    """Even the first one, and of a file that cannot be switched to WAL mode because of the lock."""
+def test_reads_are_served_while_another_process_holds_the_write_lock(
+    application, path, is_wal, short_timeouts
+):
+    """Even the first one, and of a file that cannot be switched to WAL mode because of
+    the lock."""
     fill(path, 0) if is_wal else execute(path, TUTORIAL_SCHEMA.strip())
     with locked(path):
         assert call(application).json == []
         assert call(application, QUERY_STRING="q=x").json == []
 
 
-def test_file_that_is_locked_for_a_moment_is_still_switched_to_wal_mode(application, path, monkeypatch):
+def test_file_that_is_locked_for_a_moment_is_still_switched_to_wal_mode(
+    application, path, monkeypatch
+):
     execute(path, TUTORIAL_SCHEMA.strip())
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(path))
@@ -432,13 +495,17 @@ def test_file_that_is_locked_for_a_moment_is_still_switched_to_wal_mode(applicat
     assert execute(path, "PRAGMA journal_mode") == [("wal",)]
 
 
-def test_database_locked_at_first_use_returns_503_to_all_readers_in_time(application, path, monkeypatch):
+def test_database_locked_at_first_use_returns_503_to_all_readers_in_time(
+    application, path, monkeypatch
+):
     monkeypatch.setattr(profiler, "BUSY_TIMEOUT", 0.1)
     monkeypatch.setattr(profiler, "WAL_TIMEOUT", 0.01)
     execute(path, TUTORIAL_SCHEMA.strip())
     with locked(path, "BEGIN EXCLUSIVE"), ThreadPoolExecutor(8) as threads:
         started = time.monotonic()
-        assert {answer.status for answer in threads.map(lambda _: call(application), range(8))} == {503}
+        assert {
+            answer.status for answer in threads.map(lambda _: call(application), range(8))
+        } == {503}
         assert time.monotonic() - started < 5
 
 
@@ -468,7 +535,9 @@ def stalled_search(application, path, monkeypatch):
     monkeypatch.setattr(profiler.sqlite3, "connect", connect_and_watch)
     assert call(application, QUERY_STRING="q=user").status == 200  # connects
     answers = []
-    searching.append(threading.Thread(target=lambda: answers.append(call(application, QUERY_STRING="q=First3"))))
+    searching.append(
+        threading.Thread(target=lambda: answers.append(call(application, QUERY_STRING="q=First3")))
+    )
     searching[0].start()
     assert started.wait(10)
     yield answers
@@ -492,7 +561,7 @@ def test_close_does_not_wait_for_a_stalled_statement(application, stalled_search
     assert call(application, path="/users/3/").status == 200
 
 
-# -- threads that must not wait ----------------------------------------------------------------------------------------
+# -- threads that must not wait --------------------------------------------------------
 
 
 @pytest.fixture
@@ -516,13 +585,15 @@ def test_write_search_and_locked_read_raise_wouldblock(application, users, path,
     assert call(application).status == 200
 
 
-def test_read_beside_the_read_of_another_thread_raises_wouldblock(application, users, path, may_not_wait):
+def test_read_beside_the_read_of_another_thread_raises_wouldblock(
+    application, users, path, may_not_wait
+):
     fill(path, 1)
     with users._reader.lock, pytest.raises(profiler.WouldBlock):
         call(application)
 
 
-# -- files that move ---------------------------------------------------------------------------------------------------
+# -- files that move -------------------------------------------------------------------
 
 
 def test_moved_file_returns_503_until_it_is_back(application, path, tmp_path):
@@ -530,7 +601,11 @@ def test_moved_file_returns_503_until_it_is_back(application, path, tmp_path):
     assert post(application).status == 201
     path.rename(tmp_path / "moved")
     for answer in (write(application), call(application, path="/health/")):
-        assert (answer.status, answer.errors.count("\n"), "put it back" in answer.errors) == (503, 1, True)
+        assert (answer.status, answer.errors.count("\n"), "put it back" in answer.errors) == (
+            503,
+            1,
+            True,
+        )
     application.close()
     assert call(application).status == 503
     assert not path.exists()
@@ -590,7 +665,7 @@ def test_backup_of_a_database_that_does_not_exist_creates_nothing(users, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-# -- forks -------------------------------------------------------------------------------------------------------------
+# -- forks -----------------------------------------------------------------------------
 
 
 @needs_fork
@@ -598,7 +673,10 @@ def test_backup_of_a_database_that_does_not_exist_creates_nothing(users, tmp_pat
 def test_fork_closes_the_connections_first(application, connections):
     """SQLite's locks do not survive a fork: sqlite.org/howtocorrupt.html, section 2.6."""
     opened, _ = connections
-    assert (post(application).status, call(application, QUERY_STRING="q=harry").status) == (201, 200)
+    assert (post(application).status, call(application, QUERY_STRING="q=harry").status) == (
+        201,
+        200,
+    )
     before = list(opened)
     assert len(before) == 3
     assert in_a_fork(lambda: post(application, json.dumps(RON).encode()).status == 201)
@@ -619,10 +697,9 @@ def test_closing_during_a_fork_does_not_lock_the_database(application, users, mo
 @needs_fork
 @ignores_fork_warning
 def test_daemon_whose_parent_ended_loses_no_write(application, path):
-    """Without locks of its own, its -wal file would be deleted by the next process that closes the database."""
-    other = (
-        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE user SET last_name = 1'); c.commit()"
-    )
+    """Without locks of its own, its -wal file would be deleted by the next process that
+    closes the database."""
+    other = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE user SET last_name = 1'); c.commit()"
     read, write = os.pipe()
     if os.fork() == 0:
         post(application)
@@ -670,7 +747,7 @@ def test_twelve_processes_can_create_the_file_at_once(tmp_path):
         assert execute(path, "PRAGMA journal_mode") == [("wal",)]
 
 
-# -- backup ------------------------------------------------------------------------------------------------------------
+# -- backup ----------------------------------------------------------------------------
 
 
 def integrity(path):
@@ -728,7 +805,9 @@ def test_backup_never_replaces_a_file(users, path, tmp_path):
 def test_backup_does_not_replace_a_file_created_meanwhile(users, tmp_path, monkeypatch):
     assert users.count() == 0
     fsync = os.fsync
-    monkeypatch.setattr(profiler.os, "fsync", lambda file: (tmp_path / "copy").write_text("mine") and fsync(file))
+    monkeypatch.setattr(
+        profiler.os, "fsync", lambda file: (tmp_path / "copy").write_text("mine") and fsync(file)
+    )
     with pytest.raises(OSError, match="File exists"):
         users.backup(str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_text() == "mine"
@@ -772,7 +851,9 @@ def test_backup_to_a_missing_folder_raises_oserror(users, tmp_path):
         users.backup(str(tmp_path / "missing" / "copy"))
 
 
-def test_backup_is_synced_before_it_gets_its_name_and_its_folder_after(users, tmp_path, monkeypatch):
+def test_backup_is_synced_before_it_gets_its_name_and_its_folder_after(
+    users, tmp_path, monkeypatch
+):
     assert users.count() == 0
     synced, fsync = [], os.fsync
 
@@ -806,7 +887,9 @@ def test_backup_does_not_wait_for_the_write_lock(users, path, tmp_path):
     assert execute(tmp_path / "copy", 'SELECT count(*) FROM "user"') == [(3,)]
 
 
-def test_backup_during_writes_contains_everything_acknowledged_before(application, users, tmp_path, monkeypatch):
+def test_backup_during_writes_contains_everything_acknowledged_before(
+    application, users, tmp_path, monkeypatch
+):
     monkeypatch.setattr(profiler, "hash_password", lambda *_: "hash" * 200)
     stop = threading.Event()
 
@@ -814,7 +897,12 @@ def test_backup_during_writes_contains_everything_acknowledged_before(applicatio
         count = 0
         while not stop.is_set():
             count += 1
-            assert call(application, "POST", fields={**HARRY, "email": f"{client}.{count}@b.c"}).status == 201
+            assert (
+                call(
+                    application, "POST", fields={**HARRY, "email": f"{client}.{count}@b.c"}
+                ).status
+                == 201
+            )
 
     with ThreadPoolExecutor(4) as threads:
         writers = [threads.submit(create, client) for client in range(4)]

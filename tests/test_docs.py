@@ -1,4 +1,5 @@
-"""The README and docs/: transcripts and scripts are run, and what is stated is compared with the module."""
+"""The README and docs/: transcripts and scripts are run, and what is stated is compared
+with the module."""
 
 from __future__ import annotations
 
@@ -25,13 +26,20 @@ import profiler
 
 PAGES = {
     page.relative_to(HERE).as_posix(): page.read_text("utf-8")
-    for page in [HERE / "README.md", HERE / "CHANGELOG.md", HERE / "CONTRIBUTING.md", *sorted(HERE.glob("docs/*.md"))]
+    for page in [
+        HERE / "README.md",
+        HERE / "CHANGELOG.md",
+        HERE / "CONTRIBUTING.md",
+        *sorted(HERE.glob("docs/*.md")),
+    ]
 }
 README, API, DEPLOY, OPERATE = (
     PAGES[name] for name in ("README.md", "docs/api.md", "docs/deploy.md", "docs/operate.md")
 )
 FILES = ("profiler.py", "schema.sql", "index.html", "openapi.json")
-needs_bash = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="bash or curl is missing")
+needs_bash = pytest.mark.skipif(
+    not (shutil.which("bash") and shutil.which("curl")), reason="bash or curl is missing"
+)
 
 
 def needs(*programs):
@@ -63,10 +71,21 @@ def free_port():
 @contextlib.contextmanager
 def running(command, folder, log="log", **environ):
     """Run a command in a process group of its own until the end of the block."""
-    environ = {**os.environ, "PROFILER_ITERATIONS": "1", "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **environ}
+    environ = {
+        **os.environ,
+        "PROFILER_ITERATIONS": "1",
+        "PYTHONPATH": str(HERE),
+        "PYTHONUNBUFFERED": "1",
+        **environ,
+    }
     with open(folder / log, "w") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=environ,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         yield process
@@ -105,7 +124,9 @@ def ask(url, method="GET", fields=None, token=None, host=None, context=None):
     headers.update({"Host": host} if host else {})
     body = None if fields is None else json.dumps(fields).encode()
     request = urllib.request.Request(url, body, headers, method=method)
-    handlers = [urllib.request.ProxyHandler({})] + ([urllib.request.HTTPSHandler(context=context)] if context else [])
+    handlers = [urllib.request.ProxyHandler({})] + (
+        [urllib.request.HTTPSHandler(context=context)] if context else []
+    )
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=10) as response:
             return response.status, response.headers, response.read()
@@ -114,7 +135,7 @@ def ask(url, method="GET", fields=None, token=None, host=None, context=None):
             return error.code, error.headers, error.read()
 
 
-# -- transcripts -------------------------------------------------------------------------------------------------------
+# -- transcripts -----------------------------------------------------------------------
 
 
 def steps(console):
@@ -132,7 +153,8 @@ def steps(console):
 
 
 class Session:
-    """A folder with the service, in which the transcripts of a page run one after another, as in a shell."""
+    """A folder with the service, in which the transcripts of a page run one after
+    another, as in a shell."""
 
     def __init__(self, folder, stack):
         self.folder, self.stack = folder, stack
@@ -150,7 +172,9 @@ class Session:
     def run(self, command):
         """Return what a command prints. A server that it starts is stopped by the next one."""
         words = shlex.split(command)
-        if words[:2] == ["python3", "profiler.py"] and not {"backup", "initialise-database"} & set(words):
+        if words[:2] == ["python3", "profiler.py"] and not {"backup", "initialise-database"} & set(
+            words
+        ):
             return self.serve(*words[2:])
         if "curl" in words and self.port is None:
             self.serve()
@@ -178,9 +202,13 @@ class Session:
 
     def comparable(self, text):
         """Return a text without what differs in each run: times, ETags and the folder."""
-        text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|(?<=Date: )[^\r\n]*", "TIME", text.replace("\r", ""))
+        text = re.sub(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|(?<=Date: )[^\r\n]*", "TIME", text.replace("\r", "")
+        )
         text = re.sub(r"(?<=Database: )\S+/", "", re.sub('"[0-9a-f]{32}"', "TAG", text))
-        return re.sub(r"^profiler: 1 iterations are fewer.*\n", "", text, flags=re.MULTILINE).strip()
+        return re.sub(
+            r"^profiler: 1 iterations are fewer.*\n", "", text, flags=re.MULTILINE
+        ).strip()
 
 
 @needs_bash
@@ -189,7 +217,9 @@ def test_transcripts_are_what_happens(tmp_path, name):
     with contextlib.ExitStack() as stack:
         session = Session(tmp_path, stack)
         if name == "docs/operate.md":  # its reader has a user and a token
-            with contextlib.closing(profiler.create_app(tmp_path / "db.sqlite3", iterations=1)) as application:
+            with contextlib.closing(
+                profiler.create_app(tmp_path / "db.sqlite3", iterations=1)
+            ) as application:
                 assert call(application, "POST", fields=HARRY).status == 201
             (tmp_path / "token").write_text(f"a-token-to-replace\n{TOKEN}\n")
             session.serve("--token-file", "token")
@@ -219,8 +249,12 @@ def test_restore_steps_bring_the_users_back_and_keep_the_old_files(tmp_path):
 def test_command_for_a_new_token_appends_a_valid_one(tmp_path):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     command = re.search("^ *(python3 -c .*)$", section(OPERATE, "Tokens"), re.MULTILINE)[1]
-    subprocess.run(["bash", "-euc", command.replace("python3", sys.executable)], cwd=tmp_path, check=True)
-    old, new = profiler.create_app(tmp_path / "db.sqlite3", token=(tmp_path / "token").read_text()).tokens
+    subprocess.run(
+        ["bash", "-euc", command.replace("python3", sys.executable)], cwd=tmp_path, check=True
+    )
+    old, new = profiler.create_app(
+        tmp_path / "db.sqlite3", token=(tmp_path / "token").read_text()
+    ).tokens
     assert old == TOKEN.encode()
     assert len(new) >= profiler.MIN_TOKEN
 
@@ -248,12 +282,16 @@ def test_index_for_a_case_sensitive_column_is_used_to_find_an_email(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "db.sqlite3")) as connection:
         connection.executescript(schema + statement)
         query = 'EXPLAIN QUERY PLAN SELECT id FROM "user" WHERE email = ? COLLATE NOCASE'
-        assert "INDEX user_email_nocase" in str(connection.execute(query, ("harry@example.com",)).fetchall())
-    with contextlib.closing(profiler.create_app(tmp_path / "db.sqlite3", iterations=1)) as application:
+        assert "INDEX user_email_nocase" in str(
+            connection.execute(query, ("harry@example.com",)).fetchall()
+        )
+    with contextlib.closing(
+        profiler.create_app(tmp_path / "db.sqlite3", iterations=1)
+    ) as application:
         assert call(application, "POST", fields=HARRY).status == 201
 
 
-# -- programs ----------------------------------------------------------------------------------------------------------
+# -- programs --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page, "python")])
@@ -270,9 +308,13 @@ def test_python_in_the_readme_runs(tmp_path):
 
 def test_generated_client_calls_operations_of_the_document():
     [example] = blocks(API, "python")
-    operations = set(re.findall(r'"operationId": "(\w+)"', (HERE / "openapi.json").read_text("utf-8")))
+    operations = set(
+        re.findall(r'"operationId": "(\w+)"', (HERE / "openapi.json").read_text("utf-8"))
+    )
     [names] = re.findall(r"api\.users import (.*)", example)
-    assert {re.sub("_(.)", lambda match: match[1].upper(), name) for name in names.split(", ")} <= operations
+    assert {
+        re.sub("_(.)", lambda match: match[1].upper(), name) for name in names.split(", ")
+    } <= operations
 
 
 def test_module_for_a_stripped_prefix_adds_it_to_urls(tmp_path, monkeypatch):
@@ -313,7 +355,7 @@ def test_command_for_another_application_serves_it(tmp_path):
         assert ask(f"http://127.0.0.1:{port}/accounts/users/")[::2] == (403, b"Log in as admin\n")
 
 
-# -- import ------------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -327,9 +369,18 @@ def scripts(tmp_path):
 
 def run_import(folder, script, port, status=0, **environ):
     """Return what an import script writes to stdout and to stderr."""
-    environ = {**os.environ, "PROFILER_URL": f"http://127.0.0.1:{port}", "PROFILER_TOKEN": TOKEN, **environ}
+    environ = {
+        **os.environ,
+        "PROFILER_URL": f"http://127.0.0.1:{port}",
+        "PROFILER_TOKEN": TOKEN,
+        **environ,
+    }
     output = subprocess.run(
-        [sys.executable, script], cwd=folder, env={**environ, "no_proxy": "*"}, capture_output=True, text=True
+        [sys.executable, script],
+        cwd=folder,
+        env={**environ, "no_proxy": "*"},
+        capture_output=True,
+        text=True,
     )
     assert output.returncode == status, output.stderr
     return output.stdout, output.stderr
@@ -355,10 +406,15 @@ def test_users_of_a_csv_file_are_imported(scripts, tmp_path):
 
 
 def test_import_stops_at_a_wrong_token(scripts, tmp_path):
-    (tmp_path / "users.csv").write_text("id,first_name,last_name,email,password\n7,Jo,Bo,jo@example.com,s3cret\n")
+    (tmp_path / "users.csv").write_text(
+        "id,first_name,last_name,email,password\n7,Jo,Bo,jo@example.com,s3cret\n"
+    )
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
         output = run_import(tmp_path, "import_csv.py", port, status=1, PROFILER_TOKEN="wrong")
-    url, message = f"http://127.0.0.1:{port}/users/", "Send a valid token in the header Authorization: Bearer TOKEN"
+    url, message = (
+        f"http://127.0.0.1:{port}/users/",
+        "Send a valid token in the header Authorization: Bearer TOKEN",
+    )
     assert output == ("", f'{url}: 401 {{"error":"{message}"}}\n\n')
 
 
@@ -366,19 +422,36 @@ def test_users_of_a_flask_application_are_imported(scripts, tmp_path):
     security = pytest.importorskip("werkzeug.security")
     (tmp_path / "instance").mkdir()
     users = [
-        (i, f"user{i}", f"user{i}@example.com", security.generate_password_hash(f"pass-{i}", method))
+        (
+            i,
+            f"user{i}",
+            f"user{i}@example.com",
+            security.generate_password_hash(f"pass-{i}", method),
+        )
         for i, method in enumerate(("scrypt", "pbkdf2:sha256:1000"), 11)
     ]
-    with contextlib.closing(sqlite3.connect(tmp_path / "instance/app.db")) as connection, connection:
-        connection.execute("CREATE TABLE user (id INTEGER PRIMARY KEY, username, email, password_hash)")
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "instance/app.db")) as connection,
+        connection,
+    ):
+        connection.execute(
+            "CREATE TABLE user (id INTEGER PRIMARY KEY, username, email, password_hash)"
+        )
         connection.executemany(
-            "INSERT INTO user VALUES (?, ?, ?, ?)", [*users, (13, "bc", "bc@example.com", "$2b$12$x")]
+            "INSERT INTO user VALUES (?, ?, ?, ?)",
+            [*users, (13, "bc", "bc@example.com", "$2b$12$x")],
         )
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
-        output = run_import(tmp_path, "import_flask.py", port, PROFILER_URL=f"http://127.0.0.1:{port}/")
+        output = run_import(
+            tmp_path, "import_flask.py", port, PROFILER_URL=f"http://127.0.0.1:{port}/"
+        )
         assert output == ("11,1\n12,2\n13,3\n", "13,bc@example.com,needs a reset\n")
         again, problems = run_import(tmp_path, "import_flask.py", port)
-        assert (again, problems.count("This email is already registered"), "reset" in problems) == ("", 3, False)
+        assert (
+            again,
+            problems.count("This email is already registered"),
+            "reset" in problems,
+        ) == ("", 3, False)
         assert [verify(port, f"user{i}@example.com", f"pass-{i}") for i in (11, 12)] == [200, 200]
         assert [verify(port, f"user{i}@example.com", "guess") for i in (11, 12)] == [403, 403]
 
@@ -411,13 +484,17 @@ def test_users_of_a_django_project_are_imported(scripts, tmp_path):
     assert all(password.startswith("pbkdf2:sha256:1$") for (password,) in hashes)
 
 
-# -- deployment --------------------------------------------------------------------------------------------------------
+# -- deployment ------------------------------------------------------------------------
 
 
 def test_health_check_of_the_dockerfile_ignores_http_proxy(tmp_path):
     [dockerfile] = blocks(DEPLOY, "dockerfile")
     [check] = re.findall(r"HEALTHCHECK CMD (\[.*\])", dockerfile.replace("\\\n", ""))
-    environ = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    environ = {
+        **os.environ,
+        "http_proxy": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
     program = json.loads(check)[2]
 
     def status(port):
@@ -456,7 +533,10 @@ def trusting():
 @contextlib.contextmanager
 def nginx(folder, servers):
     """Run nginx with this content of its http block."""
-    temporary = "".join(f"{name}_temp_path {folder}; " for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    temporary = "".join(
+        f"{name}_temp_path {folder}; "
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
     (folder / "nginx.conf").write_text(
         f"pid {folder}/pid; error_log {folder}/error.log; daemon off; events {{}}\n"
         f"http {{ access_log off; {temporary} {servers} }}"
@@ -467,7 +547,9 @@ def nginx(folder, servers):
 
 @needs("nginx", "openssl")
 def test_nginx_forwards_requests_and_a_bare_proxy_pass_admits_everybody(tmp_path, certificate):
-    servers = blocks(section(DEPLOY, "nginx"), "nginx")[0].replace("/etc/ssl/accounts", str(tmp_path / "accounts"))
+    servers = blocks(section(DEPLOY, "nginx"), "nginx")[0].replace(
+        "/etc/ssl/accounts", str(tmp_path / "accounts")
+    )
     front, bare = free_port(), free_port()
     with serving(tmp_path) as (port, _):
         servers = servers.replace("listen 443", f"listen 127.0.0.1:{front}").replace(
@@ -488,8 +570,12 @@ def test_haproxy_forwards_requests_to_a_service_with_a_token(tmp_path, certifica
     front = free_port()
     with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
         [config] = blocks(section(DEPLOY, "haproxy"), "haproxy")
-        config = config.replace(":443", f"127.0.0.1:{front}").replace("/etc/ssl/accounts.pem", str(certificate))
-        (tmp_path / "haproxy.cfg").write_text(config.replace("127.0.0.1:5000", f"127.0.0.1:{port}"))
+        config = config.replace(":443", f"127.0.0.1:{front}").replace(
+            "/etc/ssl/accounts.pem", str(certificate)
+        )
+        (tmp_path / "haproxy.cfg").write_text(
+            config.replace("127.0.0.1:5000", f"127.0.0.1:{port}")
+        )
         with running(["haproxy", "-f", "haproxy.cfg"], tmp_path, log="haproxy"):
             until(lambda: listens(front))
             url = f"https://127.0.0.1:{front}/users/"
@@ -509,7 +595,9 @@ SERVERS = {
 @needs_bash
 @pytest.mark.parametrize("server", SERVERS)
 def test_wsgi_server_serves_the_application(tmp_path, server):
-    lines = "".join(blocks(section(DEPLOY, "gunicorn") + section(DEPLOY, "Other WSGI servers"), "sh"))
+    lines = "".join(
+        blocks(section(DEPLOY, "gunicorn") + section(DEPLOY, "Other WSGI servers"), "sh")
+    )
     [line] = [line for line in lines.replace("\\\n", "").splitlines() if server in line]
     folder = os.path.dirname(sys.executable)
     if not (importlib.util.find_spec(server) or os.path.exists(f"{folder}/{server}")):
@@ -532,7 +620,9 @@ def test_wsgi_server_serves_the_application(tmp_path, server):
 def test_prefix_that_nginx_keeps_is_known_to_gunicorn(tmp_path):
     pytest.importorskip("gunicorn")
     front, port = free_port(), free_port()
-    location = blocks(section(DEPLOY, "A path prefix"), "nginx")[0].replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    location = blocks(section(DEPLOY, "A path prefix"), "nginx")[0].replace(
+        "127.0.0.1:8000", f"127.0.0.1:{port}"
+    )
     command = [
         sys.executable,
         "-m",
@@ -550,7 +640,7 @@ def test_prefix_that_nginx_keeps_is_known_to_gunicorn(tmp_path):
         assert (status, headers["Location"]) == (201, "/accounts/users/1/")
 
 
-# -- statements --------------------------------------------------------------------------------------------------------
+# -- statements ------------------------------------------------------------------------
 
 HELP = profiler.make_parser()[0].format_help()
 OPTIONS = set(re.findall(r"--[a-z-]+[a-z]", HELP)) - {"--help", "--version"}
@@ -572,9 +662,14 @@ def test_every_command_is_documented(command):
 @pytest.mark.parametrize("name", ["README.md", "docs/api.md"])
 def test_every_endpoint_is_documented(name):
     documented = set(re.findall(r"^\| `([A-Z]+ /\S*)`", PAGES[name], re.MULTILINE))
-    paths = ((pattern.pattern.replace("([0-9]{1,19})", "1"), handlers) for pattern, handlers in profiler.ROUTES)
+    paths = (
+        (pattern.pattern.replace("([0-9]{1,19})", "1"), handlers)
+        for pattern, handlers in profiler.ROUTES
+    )
     assert documented == {
-        f"{method} {path.replace('/?', '/').replace('[.]', '.')}" for path, handlers in paths for method in handlers
+        f"{method} {path.replace('/?', '/').replace('[.]', '.')}"
+        for path, handlers in paths
+        for method in handlers
     }
 
 
@@ -596,8 +691,14 @@ def test_every_status_is_documented():
         ("docs/operate.md", f"up to {profiler.MAX_PENDING:,} entries wait"),
         ("docs/deploy.md", f"within {profiler.DRAIN_TIMEOUT:.0f} seconds"),
         ("docs/deploy.md", f"up to {profiler.MAX_CONNECTIONS:,} connections"),
-        ("docs/deploy.md", f"the {profiler.IDLE_TIMEOUT} seconds after which the service closes idle"),
-        ("docs/api.md", f"at most {profiler.MAX_BODY // 1024} KiB and {profiler.MAX_BRACKETS} brackets"),
+        (
+            "docs/deploy.md",
+            f"the {profiler.IDLE_TIMEOUT} seconds after which the service closes idle",
+        ),
+        (
+            "docs/api.md",
+            f"at most {profiler.MAX_BODY // 1024} KiB and {profiler.MAX_BRACKETS} brackets",
+        ),
         ("docs/api.md", f"at most {profiler.MAX_NAME} characters"),
         ("docs/api.md", f"at most {profiler.MAX_EMAIL} characters"),
         ("docs/api.md", f"at most this many users, 1 to {profiler.MAX_LIMIT}"),
@@ -611,7 +712,10 @@ def test_every_status_is_documented():
         ("docs/api.md", f"if {profiler.MAX_WAITING} requests hash or wait already"),
         ("docs/api.md", f"idle for {profiler.IDLE_TIMEOUT} seconds"),
         ("docs/api.md", f"`Keep-Alive: timeout={profiler.IDLE_TIMEOUT}`"),
-        ("docs/api.md", f"within {profiler.HEAD_TIMEOUT:.0f} seconds, a body within {profiler.BODY_TIMEOUT:.0f}"),
+        (
+            "docs/api.md",
+            f"within {profiler.HEAD_TIMEOUT:.0f} seconds, a body within {profiler.BODY_TIMEOUT:.0f}",
+        ),
         ("docs/api.md", f"every {profiler.SEND_TIMEOUT:.0f} seconds"),
         ("docs/design.md", f"batches of {profiler.BATCH}"),
         ("docs/design.md", f"Up to {profiler.WORKERS} workers"),
@@ -641,7 +745,9 @@ def test_readme_is_short():
 
 
 def test_readme_links_the_tutorial_once():
-    assert README.count("https://tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2") == 1
+    assert (
+        README.count("https://tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2") == 1
+    )
 
 
 def test_readme_has_one_test_command():
@@ -656,7 +762,9 @@ def test_lines_have_at_most_120_characters(name):
 
 def anchors(page):
     """Return the anchors of a page's headings, as GitHub makes them."""
-    titles = re.findall("^#+ (.*)$", re.sub("^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    titles = re.findall(
+        "^#+ (.*)$", re.sub("^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 

@@ -16,7 +16,7 @@ PROFILE = ["first_name", "last_name", "email"]
 MISSING = {"error": "Required fields are missing"}
 
 
-# -- bodies ------------------------------------------------------------------------------------------------------------
+# -- bodies ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,9 @@ def test_body_of_the_maximum_length_is_accepted(application):
     assert post(application, body + b" ").status == 413
 
 
-@pytest.mark.parametrize("length", ["+5", "-1", "5.0", "0x5", "5 ", "٣", "five", "5,5", "9" * 5000])
+@pytest.mark.parametrize(
+    "length", ["+5", "-1", "5.0", "0x5", "5 ", "٣", "five", "5,5", "9" * 5000]
+)
 def test_content_length_that_is_no_number_returns_400(application, length):
     answer = post(application, CONTENT_LENGTH=length)
     assert (answer.status, "Content-Length" in answer.error) == (400, True)
@@ -107,21 +109,30 @@ class Failing(io.BytesIO):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(), ValueError("bad chunk"), socket.timeout()])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(), ValueError("bad chunk"), socket.timeout()]
+)
 def test_body_that_breaks_off_or_stalls_is_the_clients_error(application, error):
     answer = post(application, **{"wsgi.input": Failing(error)})
     assert (answer.status, answer.errors) == (400, "")
 
 
 def test_chunked_body_decoded_by_the_server_is_read_up_to_the_limit(application):
-    chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True, "CONTENT_LENGTH": ""}
+    chunked = {
+        "HTTP_TRANSFER_ENCODING": "chunked",
+        "wsgi.input_terminated": True,
+        "CONTENT_LENGTH": "",
+    }
     assert post(application, **chunked).status == 201
     assert post(application, b" " * (profiler.MAX_BODY + 1), **chunked).status == 413
 
 
 def test_chunked_body_not_decoded_by_the_server_returns_411(application):
     for length in ("", str(len(BODY))):
-        assert post(application, HTTP_TRANSFER_ENCODING="chunked", CONTENT_LENGTH=length).status == 411
+        assert (
+            post(application, HTTP_TRANSFER_ENCODING="chunked", CONTENT_LENGTH=length).status
+            == 411
+        )
 
 
 @pytest.mark.parametrize(
@@ -143,15 +154,23 @@ def test_chunked_body_not_decoded_by_the_server_returns_411(application):
     ],
 )
 def test_body_that_is_no_json_object_returns_400_with_the_reason(application, body, problem):
-    answer = post(application, body, CONTENT_TYPE="application/json", CONTENT_LENGTH=str(len(body)))
+    answer = post(
+        application, body, CONTENT_TYPE="application/json", CONTENT_LENGTH=str(len(body))
+    )
     assert (answer.status, problem in answer.error) == (400, True)
 
 
-@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1", "1" * 10_000, "true", "null", "[]", "{}"])
+@pytest.mark.parametrize(
+    "value", ["NaN", "-Infinity", "1", "1" * 10_000, "true", "null", "[]", "{}"]
+)
 def test_field_that_is_no_string_returns_400_naming_it(application, value):
     assert post(application).status == 201
     answer = call(
-        application, "PATCH", "/users/1/", b'{"first_name": %b}' % value.encode(), CONTENT_TYPE="application/json"
+        application,
+        "PATCH",
+        "/users/1/",
+        b'{"first_name": %b}' % value.encode(),
+        CONTENT_TYPE="application/json",
     )
     assert (answer.status, answer.error) == (400, "first_name must be a string")
 
@@ -175,7 +194,9 @@ def test_ignored_field_may_be_a_number_of_any_length(application):
 
 def test_brackets_are_counted_before_parsing(application, monkeypatch):
     """The parser recurses."""
-    nested = b'{"a":' + b"[" * (profiler.MAX_BRACKETS - 1) + b"]" * (profiler.MAX_BRACKETS - 1) + b"}"
+    nested = (
+        b'{"a":' + b"[" * (profiler.MAX_BRACKETS - 1) + b"]" * (profiler.MAX_BRACKETS - 1) + b"}"
+    )
     assert post(application, nested).json == MISSING
     monkeypatch.setattr(profiler.json, "loads", lambda *_, **__: pytest.fail("parsed"))
     assert b"brackets" in post(application, b"[" + nested + b"]").body
@@ -186,11 +207,13 @@ def test_last_of_repeated_fields_is_used(application):
     assert call(application, path="/users/1/").json["first_name"] == "H."
 
 
-# -- fields ------------------------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HARRY)
-@pytest.mark.parametrize("value", [..., "", " \t\n", None, False, "\u200b", "\u00ad\u2060 \ufeff", "\u3164"])
+@pytest.mark.parametrize(
+    "value", [..., "", " \t\n", None, False, "\u200b", "\u00ad\u2060 \ufeff", "\u3164"]
+)
 def test_missing_or_blank_field_returns_400(client, name, value):
     fields = {key: value for key, value in {**HARRY, name: value}.items() if value is not ...}
     assert client.post_json("/users/", fields, status=400).json == MISSING
@@ -201,7 +224,9 @@ def test_missing_or_blank_field_returns_400(client, name, value):
 @pytest.mark.parametrize("name", HARRY)
 @pytest.mark.parametrize("value", [1, 1.5, True, ["Harry"], {"a": 1}])
 def test_field_that_is_no_string_returns_400_naming_it(client, name, value):
-    assert client.post_json("/users/", {**HARRY, name: value}, status=400).json == {"error": f"{name} must be a string"}
+    assert client.post_json("/users/", {**HARRY, name: value}, status=400).json == {
+        "error": f"{name} must be a string"
+    }
 
 
 @pytest.mark.parametrize("name", HARRY)
@@ -226,7 +251,8 @@ def test_name_has_at_most_255_characters(client, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["👩\u200d💻", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "❤\ufe0f", "a\u202eb"]
+    "name",
+    ["👩\u200d💻", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "❤\ufe0f", "a\u202eb"],
 )
 def test_name_may_contain_invisible_characters_next_to_visible_ones(client, name):
     """Emoji, Persian and others need them."""
@@ -240,9 +266,14 @@ def test_email_with_one_at_sign_and_text_on_both_sides_is_accepted(client, email
     assert client.get("/users/1/").json["email"] == email
 
 
-@pytest.mark.parametrize("email", ["harry", "@", "a@", "@b", "a@b@c", "a b@c", "a@b\u00a0", "a@b ", "a" * 253 + "@b"])
+@pytest.mark.parametrize(
+    "email", ["harry", "@", "a@", "@b", "a@b@c", "a b@c", "a@b\u00a0", "a@b ", "a" * 253 + "@b"]
+)
 def test_malformed_email_returns_400(client, email):
-    assert "email must be" in client.post_json("/users/", {**HARRY, "email": email}, status=400).json["error"]
+    assert (
+        "email must be"
+        in client.post_json("/users/", {**HARRY, "email": email}, status=400).json["error"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,15 +299,19 @@ def test_malformed_email_returns_400(client, email):
         "\U0001d173",
     ],
 )
-@pytest.mark.parametrize("email", ["{}harry@example.com", "har{}ry@example.com", "harry@example.com{}"])
+@pytest.mark.parametrize(
+    "email", ["{}harry@example.com", "har{}ry@example.com", "harry@example.com{}"]
+)
 def test_invisible_character_in_an_email_returns_400(application, character, email):
     """Two emails that look the same would be two users."""
     for method, path_info in [("POST", "/users/"), ("PUT", "/users/1/"), ("PATCH", "/users/1/")]:
-        answer = call(application, method, path_info, fields={**HARRY, "email": email.format(character)})
+        answer = call(
+            application, method, path_info, fields={**HARRY, "email": email.format(character)}
+        )
         assert (answer.status, answer.error.startswith("email must")) == (400, True)
 
 
-# -- preconditions -----------------------------------------------------------------------------------------------------
+# -- preconditions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +372,9 @@ def test_if_none_match(client, field, status):
     for request in (client.get, client.head):
         answer = request("/users/1/", headers=headers, status=status)
         assert answer.headers["ETag"] == tag
-        assert ("Content-Type" in answer.headers, "Content-Length" in answer.headers) == (status == 200,) * 2
+        assert ("Content-Type" in answer.headers, "Content-Length" in answer.headers) == (
+            status == 200,
+        ) * 2
     client.put_json("/users/1/", HARRY, headers=headers, status=412 if status == 304 else 200)
     client.delete("/users/1/", headers=headers, status=412 if status == 304 else 204)
 
@@ -379,7 +416,7 @@ def test_preconditions_do_not_apply_to_the_list(client):
     client.get("/users/", headers={"If-Match": '"other"'}, status=200)
 
 
-# -- responses ---------------------------------------------------------------------------------------------------------
+# -- responses -------------------------------------------------------------------------
 
 
 def test_streamed_list_has_no_content_length(application, users, monkeypatch):
@@ -399,4 +436,7 @@ def test_every_response_yields_at_least_one_part(application):
 
 def test_error_is_a_json_object_with_a_message(application):
     answer = call(application, "POST", fields={**HARRY, "email": "harry"})
-    assert (answer.headers["Content-Type"], list(json.loads(answer.body))) == ("application/json", ["error"])
+    assert (answer.headers["Content-Type"], list(json.loads(answer.body))) == (
+        "application/json",
+        ["error"],
+    )

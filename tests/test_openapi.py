@@ -56,7 +56,12 @@ def walk(value, name=""):
 def operations():
     """Return the path, the method, the operation and the parameters of each operation."""
     return [
-        (path, method.upper(), item[method], [*item.get("parameters", ()), *item[method].get("parameters", ())])
+        (
+            path,
+            method.upper(),
+            item[method],
+            [*item.get("parameters", ()), *item[method].get("parameters", ())],
+        )
         for path, item in DOCUMENT["paths"].items()
         for method in item
         if method != "parameters"
@@ -64,7 +69,8 @@ def operations():
 
 
 def check(schema, value):
-    """Assert that a value is valid, for the keywords that this document uses in the schemas of responses."""
+    """Assert that a value is valid, for the keywords that this document uses in the
+    schemas of responses."""
     schema = resolve(schema)
     assert value == schema.get("const", value)
     if "type" in schema:
@@ -102,7 +108,7 @@ def check_response(documented, actual):
         check(media["schema"], json.loads(content))
 
 
-# -- the document and the code ---------------------------------------------------------------------------------------
+# -- the document and the code ---------------------------------------------------------
 
 
 def test_version_is_that_of_the_module():
@@ -117,7 +123,9 @@ def test_paths_and_methods_are_those_of_the_routes():
     for pattern, handlers in [route[:2] for route in profiler.ROUTES]:
         [path] = [path for path in (*documented, *UNDOCUMENTED) if pattern.fullmatch(path)]
         routed[path] = set(handlers)
-    assert {path: methods for path, methods in routed.items() if path not in UNDOCUMENTED} == documented
+    assert {
+        path: methods for path, methods in routed.items() if path not in UNDOCUMENTED
+    } == documented
 
 
 def test_limits_are_those_of_the_module():
@@ -132,7 +140,9 @@ def test_limits_are_those_of_the_module():
     assert f"{profiler.MAX_HEADER_FIELDS} headers" in RESPONSES["HeaderTooLarge"]["description"]
     assert f"{profiler.MAX_HEAD // 1024} KiB" in RESPONSES["HeaderTooLarge"]["description"]
     assert DOCUMENT["components"]["headers"]["RetryAfter"]["example"] == profiler.RETRY_AFTER
-    assert f"at most {profiler.MAX_ITERATIONS:,} iterations" in SCHEMAS["PasswordHash"]["description"]
+    assert (
+        f"at most {profiler.MAX_ITERATIONS:,} iterations" in SCHEMAS["PasswordHash"]["description"]
+    )
     assert f"at most {profiler.MAX_SCRYPT_COST:,}." in SCHEMAS["PasswordHash"]["description"]
     verify = DOCUMENT["paths"]["/users/verify/"]["post"]["description"]
     assert f"After {profiler.MAX_FAILURES} consecutive wrong passwords" in verify
@@ -148,27 +158,46 @@ def test_headers_of_every_response_are_documented(application):
 
 
 def compile_pattern(schema):
-    return re.compile(schema["pattern"].removesuffix("$") + r"\Z")  # in Python, $ also matches before a newline
+    return re.compile(
+        schema["pattern"].removesuffix("$") + r"\Z"
+    )  # in Python, $ also matches before a newline
 
 
-# White space, controls, format characters, and those that are invisible for other reasons, such as U+115F and U+FE0F.
+# White space, controls, format characters, and those that are invisible for other
+# reasons, such as U+115F and U+FE0F.
 INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180f\u2065\u3164\ufe00\ufe0f\uffa0\ufff0\ufff8"
 UP_TO_FFFF = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
-STRANGE = {c for c in UP_TO_FFFF if c.isspace() or unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs")}
+STRANGE = {
+    c
+    for c in UP_TO_FFFF
+    if c.isspace() or unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs")
+}
 STRANGE |= {*INVISIBLE}
-NEIGHBOURS = {c for c in UP_TO_FFFF if not STRANGE.isdisjoint((chr(ord(c) - 1 if ord(c) else 0), chr(ord(c) + 1)))}
+NEIGHBOURS = {
+    c
+    for c in UP_TO_FFFF
+    if not STRANGE.isdisjoint((chr(ord(c) - 1 if ord(c) else 0), chr(ord(c) + 1)))
+}
 PROFILE = {"first_name": "a", "last_name": "b", "email": "a@b"}
 
 
-@pytest.mark.parametrize("form", ["{}", "a{}", "{}a", "a{}@b", "a@b{}", "@{}", "{0}@{0}", "a@{}@b"])
-@pytest.mark.parametrize(("name", "schema"), [("first_name", "Name"), ("email", "Email"), ("new_password", "Password")])
+@pytest.mark.parametrize(
+    "form", ["{}", "a{}", "{}a", "a{}@b", "a@b{}", "@{}", "{0}@{0}", "a@{}@b"]
+)
+@pytest.mark.parametrize(
+    ("name", "schema"), [("first_name", "Name"), ("email", "Email"), ("new_password", "Password")]
+)
 def test_patterns_accept_what_the_module_accepts(application, name, schema, form):
     pattern = compile_pattern(SCHEMAS[schema])
-    method, path = ("PUT", "/users/1/password/reset/") if name == "new_password" else ("PATCH", "/users/1/")
+    method, path = (
+        ("PUT", "/users/1/password/reset/") if name == "new_password" else ("PATCH", "/users/1/")
+    )
     for character in {*STRANGE, *NEIGHBOURS, "@", "a", "\u00df", "\U0001f9d9"}:
         value = form.format(character)
         answer = call(application, method, path, fields={name: value})
-        assert answer.status in (400, 404), answer  # the body is validated before the user is looked up
+        assert answer.status in (400, 404), (
+            answer
+        )  # the body is validated before the user is looked up
         assert (answer.status == 404) == bool(pattern.search(value)), (value, answer)
 
 
@@ -218,7 +247,9 @@ SCRYPT = "0" * 128
 def test_pattern_of_password_hash_accepts_what_the_module_accepts(application, password_hash):
     user = {**PROFILE, "password_hash": password_hash}
     answer = call(application, "POST", fields=user)
-    assert (answer.status == 201) == bool(compile_pattern(SCHEMAS["PasswordHash"]).search(password_hash)), answer
+    assert (answer.status == 201) == bool(
+        compile_pattern(SCHEMAS["PasswordHash"]).search(password_hash)
+    ), answer
 
 
 @pytest.mark.parametrize(("n", "r", "p"), [(2**17, 8, 2), (3, 8, 1), (1, 8, 1)])
@@ -232,11 +263,18 @@ def test_excessive_cost_of_scrypt_is_rejected_as_described(application, n, r, p)
 def test_a_new_user_has_a_password_or_a_hash_but_not_both(application):
     new, imported = SCHEMAS["NewUser"], SCHEMAS["ImportedUser"]
     assert {*new["required"]} ^ {*imported["required"]} == {"password", "password_hash"}
-    assert (new["not"], imported["not"]) == ({"required": ["password_hash"]}, {"required": ["password"]})
+    assert (new["not"], imported["not"]) == (
+        {"required": ["password_hash"]},
+        {"required": ["password"]},
+    )
     example = SCHEMAS["PasswordHash"]["examples"][0]
     both = {**HERMIONE, "password_hash": example}
     neither = {name: value for name, value in HERMIONE.items() if name != "password"}
-    for user, status in ((both, 400), (neither, 400), ({**neither, "password_hash": example}, 201)):
+    for user, status in (
+        (both, 400),
+        (neither, 400),
+        ({**neither, "password_hash": example}, 201),
+    ):
         assert call(application, "POST", fields=user).status == status
 
 
@@ -245,7 +283,10 @@ def test_a_new_user_has_a_password_or_a_hash_but_not_both(application):
     [("last_name", "Name", "{}"), ("email", "Email", "{}@example.com")],
 )
 def test_maximum_lengths_are_those_of_the_module(application, name, schema, value):
-    for length, status in ((SCHEMAS[schema]["maxLength"], 404), (SCHEMAS[schema]["maxLength"] + 1, 400)):
+    for length, status in (
+        (SCHEMAS[schema]["maxLength"], 404),
+        (SCHEMAS[schema]["maxLength"] + 1, 400),
+    ):
         text = value.format("x" * (length - len(value) + 2))
         assert len(text) == length
         assert call(application, "PATCH", "/users/1/", fields={name: text}).status == status
@@ -267,21 +308,33 @@ def test_values_of_sort_are_those_of_the_module(application):
 
 def test_range_of_ids_is_that_of_the_module(application):
     schema = SCHEMAS["Id"]
-    for user_id, status in ((schema["minimum"], 204), (schema["maximum"], 204), (schema["maximum"] + 1, 404)):
+    for user_id, status in (
+        (schema["minimum"], 204),
+        (schema["maximum"], 204),
+        (schema["maximum"] + 1, 404),
+    ):
         assert call(application, "DELETE", f"/users/{user_id}/").status == status
 
 
 def test_every_status_of_the_module_is_documented():
     source = pathlib.Path(profiler.__file__).read_text("utf-8")
-    statuses = {HTTPStatus[name].value for name in re.findall(r"HTTPStatus\.([A-Z_]+)", source) if name != "OK"}
-    documented = {int(status) for _, _, operation, _ in operations() for status in operation["responses"]}
+    statuses = {
+        HTTPStatus[name].value
+        for name in re.findall(r"HTTPStatus\.([A-Z_]+)", source)
+        if name != "OK"
+    }
+    documented = {
+        int(status) for _, _, operation, _ in operations() for status in operation["responses"]
+    }
     general = DOCUMENT["info"]["description"].partition("**Postman.**")[0]
     mentioned = set(map(int, re.findall("[45][0-9][0-9]", general)))
     assert statuses <= documented | mentioned
     assert not documented & mentioned
 
 
-@pytest.mark.parametrize(("template", "method", "operation"), [operation[:3] for operation in operations()])
+@pytest.mark.parametrize(
+    ("template", "method", "operation"), [operation[:3] for operation in operations()]
+)
 def test_operations_of_a_kind_document_the_same_statuses(template, method, operation):
     statuses = {"400", "408", "414", "421", "431", "500", "503"}
     if operation.get("security") != []:
@@ -299,10 +352,14 @@ def test_only_health_needs_no_token(path):
     with contextlib.closing(profiler.create_app(path, iterations=1, token=TOKEN)) as application:
         for path, method, operation, _ in operations():
             status = call(application, method, path.replace("{id}", "1")).status
-            assert (status == 401) == (operation.get("security") != []) == ("401" in operation["responses"])
+            assert (
+                (status == 401)
+                == (operation.get("security") != [])
+                == ("401" in operation["responses"])
+            )
 
 
-# -- examples --------------------------------------------------------------------------------------------------------
+# -- examples --------------------------------------------------------------------------
 
 
 def test_every_body_and_parameter_has_an_example():
@@ -330,10 +387,14 @@ def test_links_lead_to_operations():
 
 
 def send_example(application, path, method, operation, parameters, if_match):
-    """Send an operation's examples, with a value for Postman's variable ifMatch. Yield the responses."""
+    """Send an operation's examples, with a value for Postman's variable ifMatch. Yield
+    the responses."""
     environ, query = {}, []
     for parameter in map(resolve, parameters):
-        name, example = parameter["name"], str(parameter["example"]).replace("{{ifMatch}}", if_match)
+        name, example = (
+            parameter["name"],
+            str(parameter["example"]).replace("{{ifMatch}}", if_match),
+        )
         if parameter["in"] == "path":
             path = path.replace("{id}", example)
         elif parameter["in"] == "query":
@@ -341,18 +402,33 @@ def send_example(application, path, method, operation, parameters, if_match):
         else:
             environ["HTTP_" + name.upper().replace("-", "_")] = example
     media_types = operation.get("requestBody", {}).get("content", {})
-    bodies = [(media["example"], {"CONTENT_TYPE": media_type}) for media_type, media in media_types.items()]
+    bodies = [
+        (media["example"], {"CONTENT_TYPE": media_type})
+        for media_type, media in media_types.items()
+    ]
     for body, content_type in bodies or [(None, {})]:
-        yield call(application, method, path, fields=body, QUERY_STRING="&".join(query), **environ, **content_type)
+        yield call(
+            application,
+            method,
+            path,
+            fields=body,
+            QUERY_STRING="&".join(query),
+            **environ,
+            **content_type,
+        )
 
 
 each_operation = pytest.mark.parametrize(
-    ("template", "method", "operation", "parameters"), operations(), ids=[o[2]["operationId"] for o in operations()]
+    ("template", "method", "operation", "parameters"),
+    operations(),
+    ids=[o[2]["operationId"] for o in operations()],
 )
 
 
 @each_operation
-def test_examples_are_answered_with_the_documented_success(application, template, method, operation, parameters):
+def test_examples_are_answered_with_the_documented_success(
+    application, template, method, operation, parameters
+):
     if operation["operationId"] != "createUser":
         call(application, "POST", fields=HERMIONE)
     success = min(operation["responses"])
@@ -376,7 +452,9 @@ def test_all_examples_succeed_in_order_on_a_new_database(application, if_match):
     for path, method, operation, parameters in operations():
         guarded = {"$ref": "#/components/parameters/IfMatchToWrite"} in parameters
         expected = "412" if guarded and if_match is None else min(operation["responses"])
-        for response in send_example(application, path, method, operation, parameters, if_match or "{{ifMatch}}"):
+        for response in send_example(
+            application, path, method, operation, parameters, if_match or "{{ifMatch}}"
+        ):
             assert str(response.status) == expected, operation["operationId"]
 
 
@@ -405,7 +483,9 @@ def test_link_header_is_as_documented(application):
         call(application, "POST", fields={**HERMIONE, "email": email})
     header = DOCUMENT["components"]["headers"]["Link"]
     for mount_point in ("", "/accounts"):
-        link = call(application, QUERY_STRING="limit=1&sort=-id", SCRIPT_NAME=mount_point).headers["Link"]
+        link = call(application, QUERY_STRING="limit=1&sort=-id", SCRIPT_NAME=mount_point).headers[
+            "Link"
+        ]
         assert re.search(header["schema"]["pattern"], link)
     assert re.search(header["schema"]["pattern"], header["example"])
 
@@ -414,7 +494,12 @@ def test_link_header_is_as_documented(application):
 ERRORS = {
     "BadRequest": ("POST", "/users/", {}, {}),
     "BadQuery": ("GET", "/users/", None, {"QUERY_STRING": "limit=0"}),
-    "WrongPassword": ("POST", "/users/verify/", {"email": "nobody@example.com", "password": "1234"}, {}),
+    "WrongPassword": (
+        "POST",
+        "/users/verify/",
+        {"email": "nobody@example.com", "password": "1234"},
+        {},
+    ),
     "NotFound": ("GET", "/users/2/", None, {}),
     "NotModified": ("GET", "/users/1/", None, {"HTTP_IF_NONE_MATCH": "*"}),
     "LengthRequired": ("POST", "/users/", {}, {"HTTP_TRANSFER_ENCODING": "chunked"}),
@@ -476,7 +561,10 @@ def test_rate_limit_is_as_documented(application, method, url, body):
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("InternalServerError", ZeroDivisionError()), ("ServiceUnavailable", profiler.Busy("for this test"))],
+    [
+        ("InternalServerError", ZeroDivisionError()),
+        ("ServiceUnavailable", profiler.Busy("for this test")),
+    ],
 )
 def test_internal_error_is_as_documented(application, monkeypatch, name, error):
     def get(*_):
@@ -489,7 +577,9 @@ def test_internal_error_is_as_documented(application, monkeypatch, name, error):
 @pytest.fixture
 def server(application, monkeypatch):
     monkeypatch.setattr(profiler, "HEAD_TIMEOUT", 0.2)
-    with profiler.Server(socket.AF_INET, ("127.0.0.1", 0), application, access_log=False) as server:
+    with profiler.Server(
+        socket.AF_INET, ("127.0.0.1", 0), application, access_log=False
+    ) as server:
         thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         yield server
@@ -504,7 +594,9 @@ def send(server, request):
         with connection.makefile("rb") as stream:
             head, _, content = stream.read().partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
-    return Answer(int(status_line.split()[1]), dict(line.split(": ", 1) for line in lines), content)
+    return Answer(
+        int(status_line.split()[1]), dict(line.split(": ", 1) for line in lines), content
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,14 +605,17 @@ def send(server, request):
         ("BadHttp", b"GET /users/ HTTP/1.1\r\n\r\n"),
         ("RequestTimeout", b"GET /users/ HTTP/1.1\r\n"),
         ("UriTooLong", b"GET /users/?%b HTTP/1.1\r\n\r\n" % (b"x" * profiler.MAX_REQUEST_LINE)),
-        ("HeaderTooLarge", b"GET /users/ HTTP/1.1\r\n" + b"A: b\r\n" * (profiler.MAX_HEADER_FIELDS + 1) + b"\r\n"),
+        (
+            "HeaderTooLarge",
+            b"GET /users/ HTTP/1.1\r\n" + b"A: b\r\n" * (profiler.MAX_HEADER_FIELDS + 1) + b"\r\n",
+        ),
     ],
 )
 def test_error_of_the_server_is_as_documented(server, name, request_):
     check_error(name, send(server, request_))
 
 
-# -- serving ---------------------------------------------------------------------------------------------------------
+# -- serving ---------------------------------------------------------------------------
 
 
 def test_document_is_served_unchanged_without_a_token(path):

@@ -50,7 +50,9 @@ def browser():
     for flag in FLAGS.split():
         options.add_argument(flag)
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as browser:
-        listen = "addEventListener('securitypolicyviolation', ({ blockedURI, effectiveDirective }) => {"
+        listen = (
+            "addEventListener('securitypolicyviolation', ({ blockedURI, effectiveDirective }) => {"
+        )
         listen += " console.error('VIOLATION', blockedURI, effectiveDirective); });"
         browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": listen})
         yield browser
@@ -59,7 +61,9 @@ def browser():
 @contextlib.contextmanager
 def serving(application, path=""):
     """Serve an application; yield the address of the page."""
-    with profiler.Server(socket.AF_INET, ("127.0.0.1", 0), application, access_log=False) as server:
+    with profiler.Server(
+        socket.AF_INET, ("127.0.0.1", 0), application, access_log=False
+    ) as server:
         thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         try:
@@ -71,7 +75,8 @@ def serving(application, path=""):
 
 @pytest.fixture
 def page(browser, application):
-    """The page of an application, in a desktop window. The test fails if the console shows errors."""
+    """The page of an application, in a desktop window. The test fails if the console
+    shows errors."""
     with serving(application) as address:
         page = Page(browser, address)
         page.size(1280, 900)
@@ -98,7 +103,9 @@ class Page:
         self.script("sessionStorage.clear()")
         self.browser.get("about:blank")
         log = self.browser.get_log("browser")
-        assert [entry for entry in log if entry["source"] not in ("network", "recommendation")] == []
+        assert [
+            entry for entry in log if entry["source"] not in ("network", "recommendation")
+        ] == []
 
     def size(self, width, height, mobile=False):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
@@ -110,7 +117,11 @@ class Page:
 
     def until(self, condition):
         """Wait until a condition is true, and return its value."""
-        ignored = (exceptions.StaleElementReferenceException, exceptions.NoSuchElementException, IndexError)
+        ignored = (
+            exceptions.StaleElementReferenceException,
+            exceptions.NoSuchElementException,
+            IndexError,
+        )
         return WebDriverWait(self.browser, 10, 0.02, ignored).until(lambda _: condition())
 
     def until_rows(self, count):
@@ -123,7 +134,9 @@ class Page:
     def rows(self):
         """The text of the table's cells, without the buttons."""
         source = "return [...document.querySelectorAll('tbody tr')].map("
-        return self.script(source + "(row) => [...row.cells].slice(0, 4).map((cell) => cell.textContent))")
+        return self.script(
+            source + "(row) => [...row.cells].slice(0, 4).map((cell) => cell.textContent))"
+        )
 
     @property
     def emails(self):
@@ -134,12 +147,18 @@ class Page:
         return self.browser.find_element(By.CSS_SELECTOR, selector).text
 
     def texts(self, selector):
-        return [element.text for element in self.browser.find_elements(By.CSS_SELECTOR, selector) if element.text]
+        return [
+            element.text
+            for element in self.browser.find_elements(By.CSS_SELECTOR, selector)
+            if element.text
+        ]
 
     @property
     def focus(self):
         """The text of the focused button, or the name of the focused field."""
-        return self.script("const { name, textContent } = document.activeElement; return textContent.trim() || name")
+        return self.script(
+            "const { name, textContent } = document.activeElement; return textContent.trim() || name"
+        )
 
     @property
     def top(self):
@@ -179,7 +198,9 @@ class Page:
         return self.until(lambda: " ".join(self.texts("[role=alert]")))
 
     def until_dialog(self, title):
-        return self.until(lambda: self.top.aria_role == "dialog" and self.top.accessible_name == title)
+        return self.until(
+            lambda: self.top.aria_role == "dialog" and self.top.accessible_name == title
+        )
 
     def until_closed(self):
         return self.until(lambda: not self.browser.find_elements(By.TAG_NAME, "dialog"))
@@ -189,7 +210,8 @@ class Page:
 
 
 def record_requests(page):
-    """Record the requests that the page sends; return a function that returns them: method, body, If-Match."""
+    """Record the requests that the page sends; return a function that returns them:
+    method, body, If-Match."""
     page.script("""window.requests = [];
     window.fetch = ((original) => (path, options) => {
       requests.push([options.method, options.body && JSON.parse(options.body), options.headers["If-Match"] ?? null]);
@@ -198,14 +220,16 @@ def record_requests(page):
     return lambda: page.script("return requests")
 
 
-# -- the list --------------------------------------------------------------------------------------------------------
+# -- the list --------------------------------------------------------------------------
 
 
 def test_table_shows_newest_users_first(page, application):
     page.open(HARRY, RON, application=application)
     assert [row[:3] for row in page.rows] == [list(RON[:3]), list(HARRY[:3])]
     assert all(re.fullmatch("[0-9-]{10} [0-9:]{8}", row[3]) for row in page.rows)
-    heads = page.script("return [...document.querySelectorAll('thead th')].map((cell) => cell.textContent)")
+    heads = page.script(
+        "return [...document.querySelectorAll('thead th')].map((cell) => cell.textContent)"
+    )
     assert heads == ["First name", "Last name", "Email", "Created (UTC)", "Actions"]
 
 
@@ -235,7 +259,7 @@ def test_next_and_previous_change_the_page(page, application):
     assert not page.browser.find_element(By.ID, "previous").is_enabled()
 
 
-# -- search ----------------------------------------------------------------------------------------------------------
+# -- search ----------------------------------------------------------------------------
 
 
 def test_search_starts_while_typing(page, application):
@@ -356,7 +380,10 @@ def test_search_ignores_stale_errors(page, application, delayed, monkeypatch):
 
 
 def test_search_and_paging_combine(page, application):
-    users = [("User", "even" if number % 2 else "odd", f"{number}@example.com", "x") for number in range(2 * LIMIT + 4)]
+    users = [
+        ("User", "even" if number % 2 else "odd", f"{number}@example.com", "x")
+        for number in range(2 * LIMIT + 4)
+    ]
     page.open(*users, application=application)
     page.press("Next")
     page.until(lambda: page.text("#page") == "Page 2")
@@ -388,7 +415,7 @@ def test_invalid_search_text_is_reported_next_to_the_field(page, application):
     page.until(lambda: page.message("Search by name or email") == "")
 
 
-# -- create ----------------------------------------------------------------------------------------------------------
+# -- create ----------------------------------------------------------------------------
 
 
 def test_new_user_is_shown_at_once(page, application):
@@ -411,7 +438,11 @@ def test_new_user_is_shown_at_once(page, application):
         ("Password", "  ", "Required fields are missing"),
         ("First_name", "x" * 256, "first_name must have at most 255 characters"),
         ("Last_name", "x" * 256, "last_name must have at most 255 characters"),
-        ("Email", "harry", "email must be an address such as harry@example.com, of at most 254 visible characters"),
+        (
+            "Email",
+            "harry",
+            "email must be an address such as harry@example.com, of at most 254 visible characters",
+        ),
         ("Email", "RON@example.com", "This email is already registered"),
     ],
 )
@@ -461,7 +492,7 @@ def test_double_submit_creates_one_user(page, application, monkeypatch):
     assert len(asked) == 1
 
 
-# -- edit ------------------------------------------------------------------------------------------------------------
+# -- edit ------------------------------------------------------------------------------
 
 
 def test_edit_is_saved(page, application):
@@ -477,7 +508,8 @@ def test_edit_is_saved(page, application):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"First_name": "Harry James"}, {"Last_name": "Evans", "Email": "evans@example.com"}, {}]
+    "changes",
+    [{"First_name": "Harry James"}, {"Last_name": "Evans", "Email": "evans@example.com"}, {}],
 )
 def test_edit_sends_only_changed_fields(page, application, changes):
     page.open(HARRY, application=application)
@@ -489,7 +521,11 @@ def test_edit_sends_only_changed_fields(page, application, changes):
     page.type(**changes)
     page.press("Save")
     page.until_closed()
-    assert requests()[1] == ["PATCH", {name.lower(): value for name, value in changes.items()}, etag]
+    assert requests()[1] == [
+        "PATCH",
+        {name.lower(): value for name, value in changes.items()},
+        etag,
+    ]
 
 
 def test_edit_shows_the_stored_user_instead_of_the_listed_one(page, application):
@@ -515,7 +551,10 @@ def test_conflict_shows_the_stored_values_and_keeps_the_input(page, application)
     assert page.message("First name") == "Stored now: Theirs"
     assert page.message("Last name") == "Stored now: Snape"
     assert page.message("Email") == ""
-    assert [page.value(label) for label in ("First name", "Last name", "Email")] == ["Mine", *HARRY[1:3]]
+    assert [page.value(label) for label in ("First name", "Last name", "Email")] == [
+        "Mine",
+        *HARRY[1:3],
+    ]
     assert b'"Theirs"' in application.users.get(1)
 
 
@@ -530,7 +569,11 @@ def test_conflict_can_be_resolved_by_taking_theirs(page, application):
     conflict(page, application)
     page.press("Take theirs")
     page.until(lambda: page.value("First name") == "Theirs")
-    assert (page.value("Last name"), page.message("First name"), page.texts("dialog .problem")) == ("Snape", "", [])
+    assert (
+        page.value("Last name"),
+        page.message("First name"),
+        page.texts("dialog .problem"),
+    ) == ("Snape", "", [])
     page.type(First_name="Ours")
     page.press("Save mine")
     page.until_status("Ours Snape was saved.")
@@ -562,7 +605,7 @@ def test_button_of_a_deleted_user_shows_the_error_in_the_row(page, application):
     assert page.texts("tbody tr:nth-child(2) [role=alert]") == ["Invalid user id"]
 
 
-# -- delete ----------------------------------------------------------------------------------------------------------
+# -- delete ----------------------------------------------------------------------------
 
 
 def test_delete_asks_for_confirmation(page, application):
@@ -587,7 +630,9 @@ def test_delete_asks_again_if_the_user_has_changed(page, application):
     page.open(HARRY, application=application)
     page.press("Delete", row=0)
     page.until_dialog("Delete Harry Potter?")
-    application.users.update(1, {"first_name": "Tom", "last_name": "Riddle", "email": "tom@example.com"})
+    application.users.update(
+        1, {"first_name": "Tom", "last_name": "Riddle", "email": "tom@example.com"}
+    )
     page.press("Delete")
     assert page.until_alert() == "The user has changed: get it again, then decide"
     assert "Stored now: Tom Riddle, tom@example.com" in page.top.text
@@ -608,7 +653,7 @@ def test_previous_works_on_an_emptied_last_page(page, application):
     page.until_rows(LIMIT)
 
 
-# -- passwords -------------------------------------------------------------------------------------------------------
+# -- passwords -------------------------------------------------------------------------
 
 
 def test_password_is_checked(page, application):
@@ -666,12 +711,16 @@ def test_rate_limit_shows_when_to_try_again(page, application):
     earliest = page.script("return Date.now()")
     page.press("Check password")
     message = page.until_alert()
-    latest = page.script("return Date.now() + arguments[0] * 1000 + 1000", profiler.ATTEMPT_INTERVAL)
+    latest = page.script(
+        "return Date.now() + arguments[0] * 1000 + 1000", profiler.ATTEMPT_INTERVAL
+    )
     times = "const [from, to] = arguments; return Array.from({ length: (to - from) / 1000 }, (_, second) =>"
     times += " new Date(from + second * 1000).toLocaleTimeString())"
     text, _, shown = message.partition(", at ")
     assert text == profiler.ERRORS[profiler.TooManyAttempts][1]
-    assert shown in page.script(times, earliest + profiler.ATTEMPT_INTERVAL * 1000 - 5000, latest + 1000)
+    assert shown in page.script(
+        times, earliest + profiler.ATTEMPT_INTERVAL * 1000 - 5000, latest + 1000
+    )
     page.press("Set password")
     page.until_status("The password of Harry Potter was set.")
 
@@ -682,7 +731,9 @@ def test_rate_limit_without_retry_after_shows_no_time(browser, application):
     def limited(environ, start_response):
         if environ["PATH_INFO"] != "/users/verify/":
             return application(environ, start_response)
-        start_response("429 Too Many Requests", [("Content-Type", "text/html"), ("Content-Length", "0")])
+        start_response(
+            "429 Too Many Requests", [("Content-Type", "text/html"), ("Content-Length", "0")]
+        )
         return [b""]
 
     with serving(limited) as address:
@@ -704,7 +755,7 @@ def test_passwords_are_masked(page, application):
         page.until_closed()
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def fail_once(monkeypatch, users, name):
@@ -759,7 +810,9 @@ def test_busy_row_offers_to_try_again(page, application, monkeypatch):
         ("Password", "verify", "Check password", None),
     ],
 )
-def test_busy_dialog_offers_to_try_again(page, application, monkeypatch, button, method, submit, status):
+def test_busy_dialog_offers_to_try_again(
+    page, application, monkeypatch, button, method, submit, status
+):
     page.open(HARRY, application=application)
     fail_once(monkeypatch, application.users, method)
     page.press(button, row=0)
@@ -812,7 +865,7 @@ def test_cancelled_dialog_ignores_its_response(page, application, monkeypatch):
     assert page.value("Email") == ""
 
 
-# -- the token -------------------------------------------------------------------------------------------------------
+# -- the token -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -857,7 +910,10 @@ def test_token_is_asked_for_once_per_tab_and_again_if_wrong(guarded_page):
 def test_cancelled_token_dialog_can_be_reopened(guarded_page):
     page = guarded_page
     page.field("Token").send_keys(Keys.ESCAPE)
-    assert page.until_alert() == "Send a valid token in the header Authorization: Bearer TOKEN Try again"
+    assert (
+        page.until_alert()
+        == "Send a valid token in the header Authorization: Bearer TOKEN Try again"
+    )
     page.press("Try again")
     page.type(Token=TOKEN)
     page.press("Continue")
@@ -883,12 +939,16 @@ def test_token_is_not_shared_with_other_mount_points(browser, tmp_path):
     with contextlib.ExitStack() as stack:
         applications = {}
         for name, token in (("/a", TOKEN), ("/b", TOKEN[::-1])):
-            application = profiler.create_app(tmp_path / f"{name[1:]}.sqlite3", iterations=1, token=token)
+            application = profiler.create_app(
+                tmp_path / f"{name[1:]}.sqlite3", iterations=1, token=token
+            )
             applications[name] = stack.enter_context(contextlib.closing(application))
 
         def mounted(environ, start_response):
             name, path = environ["PATH_INFO"][:2], environ["PATH_INFO"][2:]
-            return applications[name]({**environ, "SCRIPT_NAME": name, "PATH_INFO": path}, start_response)
+            return applications[name](
+                {**environ, "SCRIPT_NAME": name, "PATH_INFO": path}, start_response
+            )
 
         address = stack.enter_context(serving(mounted))
         for name, application in applications.items():
@@ -906,7 +966,7 @@ def test_token_is_not_shared_with_other_mount_points(browser, tmp_path):
         page.leave()
 
 
-# -- accessibility ---------------------------------------------------------------------------------------------------
+# -- accessibility ---------------------------------------------------------------------
 
 
 def test_everything_works_by_keyboard(page, application):
@@ -917,7 +977,9 @@ def test_everything_works_by_keyboard(page, application):
     keys.send_keys(Keys.ENTER).perform()
     page.until_dialog("New user")
     assert page.focus == "first_name"
-    keys.send_keys("Ron", Keys.TAB, "Weasley", Keys.TAB, "ron@example.com", Keys.TAB, "abcd", Keys.ENTER).perform()
+    keys.send_keys(
+        "Ron", Keys.TAB, "Weasley", Keys.TAB, "ron@example.com", Keys.TAB, "abcd", Keys.ENTER
+    ).perform()
     page.until_rows(2)
     assert page.focus == "New user"
     keys.send_keys(*[Keys.TAB] * 2).perform()
@@ -957,7 +1019,9 @@ def test_axe_finds_no_violations(page, application, scheme, width):
     page.size(width, 740, mobile=width < 500)
     page.prefer(scheme)
     page.open(*make_users(LIMIT + 1), application=application)
-    page.browser.execute_cdp_cmd("Runtime.evaluate", {"expression": source})  # not subject to the CSP
+    page.browser.execute_cdp_cmd(
+        "Runtime.evaluate", {"expression": source}
+    )  # not subject to the CSP
 
     def violations():
         run = "axe.run().then(({ violations }) => arguments[0](violations), arguments[0])"
@@ -1004,7 +1068,9 @@ def test_axe_finds_no_violations(page, application, scheme, width):
 
 def test_colours_follow_the_colour_scheme(page):
     page.open()
-    brightness = "return getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/)[0]"
+    brightness = (
+        "return getComputedStyle(document.documentElement).backgroundColor.match(/[0-9]+/)[0]"
+    )
     assert int(page.script(brightness)) > 200
     page.prefer("dark")
     page.until(lambda: int(page.script(brightness)) < 50)
@@ -1013,7 +1079,9 @@ def test_colours_follow_the_colour_scheme(page):
 @pytest.mark.parametrize("width", [320, 390, 800, 1280])
 def test_page_fits_the_window(page, application, width):
     page.size(width, 740, mobile=width < 500)
-    page.open(("H" * 255, "P" * 255, "h" * 242 + "@example.com", "x"), HARRY, application=application)
+    page.open(
+        ("H" * 255, "P" * 255, "h" * 242 + "@example.com", "x"), HARRY, application=application
+    )
     fits = "return document.documentElement.scrollWidth <= innerWidth"
     assert page.script(fits)
     for button in ("Edit", "Password", "Delete"):
@@ -1024,12 +1092,15 @@ def test_page_fits_the_window(page, application, width):
         page.until_closed()
 
 
-# -- security --------------------------------------------------------------------------------------------------------
+# -- security --------------------------------------------------------------------------
 
 
 def test_markup_in_a_name_is_shown_as_text(page, application):
     markup = "<img src=x onerror=\"document.title='run'\">"
-    page.open((markup, "<script>document.title='run'</script>", "harry@example.com", "x"), application=application)
+    page.open(
+        (markup, "<script>document.title='run'</script>", "harry@example.com", "x"),
+        application=application,
+    )
     assert page.rows[0][0] == markup
     page.press("Edit", row=0)
     page.until_dialog(f"Edit {markup} <script>document.title='run'</script>")
@@ -1038,11 +1109,16 @@ def test_markup_in_a_name_is_shown_as_text(page, application):
     page.until_status(f"{markup} <script>document.title='run'</script> was saved.")
     page.press("Delete", row=0)
     page.until(lambda: markup in page.top.text)
-    assert page.script("return [document.images.length, document.scripts.length, document.title]") == [0, 1, "Users"]
+    assert page.script(
+        "return [document.images.length, document.scripts.length, document.title]"
+    ) == [0, 1, "Users"]
 
 
-# RIGHT-TO-LEFT OVERRIDE; POP DIRECTIONAL ISOLATE, which would end the isolation of an inline element; Arabic.
-@pytest.mark.parametrize("first_name", ["\u202eevE", "\u2069\u202eevE", "\u2067\u2069\u202eevE", "\u0627\u0628"])
+# RIGHT-TO-LEFT OVERRIDE; POP DIRECTIONAL ISOLATE, which would end the isolation of an
+# inline element; Arabic.
+@pytest.mark.parametrize(
+    "first_name", ["\u202eevE", "\u2069\u202eevE", "\u2067\u2069\u202eevE", "\u0627\u0628"]
+)
 def test_names_do_not_reorder_the_text_around_them(page, application, first_name):
     page.open((first_name, "Potter", "eve@example.com", "x"), application=application)
     position = """const [selector, text] = arguments, parent = document.querySelector(selector), range = new Range();
@@ -1090,7 +1166,11 @@ def test_csp_has_the_hash_of_the_inline_element(name):
 
 def test_csp_allows_nothing_else_but_requests_to_the_service():
     policy = policy_of(PAGE.read_text("utf-8"))
-    others = {name: sources for name, sources in policy.items() if name not in ("script-src", "style-src")}
+    others = {
+        name: sources
+        for name, sources in policy.items()
+        if name not in ("script-src", "style-src")
+    }
     assert others == {
         "default-src": "'none'",
         "connect-src": "'self'",
@@ -1143,7 +1223,8 @@ def test_page_is_served_unchanged_and_cannot_be_framed(page):
     ],
 )
 def test_other_origins_cannot_detect_which_ids_exist(browser, application, tag, attribute):
-    """A website that the user visits may embed URLs of a service without a token. Load or error, size, frames."""
+    """A website that the user visits may embed URLs of a service without a token. Load
+    or error, size, frames."""
 
     def website(environ, start_response):
         start_response("200 OK", [("Content-Type", "text/html")])
@@ -1175,7 +1256,9 @@ def test_page_loads_nothing_but_the_list(page, application):
     page.open(HARRY, application=application)
     urls = page.script("return performance.getEntriesByType('resource').map(({ name }) => name)")
     assert urls == [f"{page.address}users/?sort=-id&limit={LIMIT}"]
-    assert not re.search(r"""https?:|(src|href)=(?!"data:,")|url\(|@import""", PAGE.read_text("utf-8"))
+    assert not re.search(
+        r"""https?:|(src|href)=(?!"data:,")|url\(|@import""", PAGE.read_text("utf-8")
+    )
 
 
 def test_page_uses_no_dangerous_api():
@@ -1200,7 +1283,7 @@ def test_page_is_short():
     assert max(map(len, lines)) <= 120
 
 
-# -- deployment ------------------------------------------------------------------------------------------------------
+# -- deployment ------------------------------------------------------------------------
 
 
 def test_page_works_below_a_mount_point(browser, application):
@@ -1217,7 +1300,9 @@ def test_page_works_below_a_mount_point(browser, application):
         for user in make_users(LIMIT + 1):
             application.users.create(*user)
         page.press("New user")
-        page.type(First_name="Harry", Last_name="Potter", Email="harry@example.com", Password="1234")
+        page.type(
+            First_name="Harry", Last_name="Potter", Email="harry@example.com", Password="1234"
+        )
         page.press("Create user")
         page.until_rows(LIMIT)
         page.press("Next")
@@ -1235,7 +1320,9 @@ def test_edit_works_behind_a_compressing_proxy(browser, application):
     def marked(environ, start_response):
         def start(status, headers, exc_info=None):
             tags = {"ETag": 'W/"%s-gzip"'}
-            start_response(status, [(n, tags[n] % v.strip('"') if n in tags else v) for n, v in headers])
+            start_response(
+                status, [(n, tags[n] % v.strip('"') if n in tags else v) for n, v in headers]
+            )
 
         return application(environ, start)
 
@@ -1258,7 +1345,9 @@ def test_page_and_document_are_optional(tmp_path):
             wsgiref.util.setup_testing_defaults(environ)
             print(*profiler.app({**environ, "PATH_INFO": path}, lambda status, headers: print(status)))
     """
-    output = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert output.stdout.count("404 Not Found") == 3
     assert output.stdout.count("/users/") == 3
     assert output.stdout.endswith("200 OK\nb'[]\\n'\n")

@@ -18,9 +18,7 @@ def status_of(head):
 
 def test_head_becomes_a_wsgi_environ():
     """PEP 3333."""
-    head = (
-        b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\nHost: localhost:80\r\nX-Two: a\r\nx-two:\tb \r\nContent-Length: 2\r\n\r\n"
-    )
+    head = b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\nHost: localhost:80\r\nX-Two: a\r\nx-two:\tb \r\nContent-Length: 2\r\n\r\n"
     assert profiler.parse_head(head) == {
         "REQUEST_METHOD": "PUT",
         "PATH_INFO": "/users/1/",
@@ -89,14 +87,17 @@ def test_malformed_header_is_rejected(field):
     assert status_of(b"GET /users/ HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % field) == 400
 
 
-@pytest.mark.parametrize("head", [GET.replace(b"\r\n", b"\n"), GET[:-2] + b"\n", GET[:-4] + b"\n\r\n"])
+@pytest.mark.parametrize(
+    "head", [GET.replace(b"\r\n", b"\n"), GET[:-2] + b"\n", GET[:-4] + b"\n\r\n"]
+)
 def test_bare_line_feed_is_rejected(head):
     assert profiler.HEAD_END.search(head)
     assert status_of(head) == 400
 
 
 @pytest.mark.parametrize(
-    "fields", [b"", b"Host: a\r\nHost: a\r\n", b"Host: a b\r\n", b"Host: a/b\r\n", b"Host: a,b@c\r\n"]
+    "fields",
+    [b"", b"Host: a\r\nHost: a\r\n", b"Host: a b\r\n", b"Host: a/b\r\n", b"Host: a,b@c\r\n"],
 )
 def test_missing_repeated_or_malformed_host_is_rejected(fields):
     """RFC 9112 3.2."""
@@ -148,7 +149,10 @@ def test_unknown_expectation_is_rejected():
     [
         (b"GET /" + b"a" * profiler.MAX_REQUEST_LINE + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * profiler.MAX_HEAD + b"\r\n\r\n", 431),
-        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * profiler.MAX_HEADER_FIELDS + b"\r\n", 431),
+        (
+            b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * profiler.MAX_HEADER_FIELDS + b"\r\n",
+            431,
+        ),
     ],
     ids=["request line", "head", "number of headers"],
 )
@@ -164,7 +168,9 @@ def test_oversized_head_is_rejected(head, status):
         GET.replace(b"/users/", b"http://localhost/users/"),
         GET.replace(b"/users/", b"HTTP://localhost:80/users/?q"),
         GET.replace(b"/users/", b"/%75sers/?q#\xff"),
-        GET.replace(b"\r\n\r\n", b"\r\n" + b"X: \xff\r\n" * (profiler.MAX_HEADER_FIELDS - 1) + b"\r\n"),
+        GET.replace(
+            b"\r\n\r\n", b"\r\n" + b"X: \xff\r\n" * (profiler.MAX_HEADER_FIELDS - 1) + b"\r\n"
+        ),
         GET.replace(b"Host", b"Content-Length: 000\r\nHost"),
         GET.replace(b"Host: localhost", b"Host:"),
         b"GET /users/ HTTP/1.0\r\n\r\n",
@@ -177,7 +183,9 @@ def test_unusual_but_valid_head_is_accepted(head):
 
 def test_header_names_with_an_underscore_are_dropped():
     """In an environ, Content_Length would replace Content-Length."""
-    environ = profiler.parse_head(GET.replace(b"Host", b"Content_Length: 5\r\nTransfer_Encoding: chunked\r\nHost"))
+    environ = profiler.parse_head(
+        GET.replace(b"Host", b"Content_Length: 5\r\nTransfer_Encoding: chunked\r\nHost")
+    )
     assert environ["CONTENT_LENGTH"] == ""
     assert "HTTP_TRANSFER_ENCODING" not in environ
 
@@ -190,10 +198,14 @@ def test_absolute_target_overrides_host():
 
 def test_absolute_target_without_a_path_is_the_root():
     """RFC 9110 4.2.3."""
-    assert profiler.parse_head(GET.replace(b"/users/", b"http://localhost?a=b"))["PATH_INFO"] == "/"
+    assert (
+        profiler.parse_head(GET.replace(b"/users/", b"http://localhost?a=b"))["PATH_INFO"] == "/"
+    )
 
 
-@pytest.mark.parametrize("head", [GET, b"\r\n" + GET, GET.replace(b"/users/", b"http://localhost/users/?a=b%20c")])
+@pytest.mark.parametrize(
+    "head", [GET, b"\r\n" + GET, GET.replace(b"/users/", b"http://localhost/users/?a=b%20c")]
+)
 def test_every_beginning_of_a_valid_head_is_accepted(head):
     for end in range(len(head)):
         profiler.parse_request_line(head[:end])

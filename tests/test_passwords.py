@@ -24,7 +24,9 @@ DIGEST, LONG_DIGEST = "0" * 64, "0" * 128
 BASE64, LONG_BASE64 = "A" * 43, "A" * 86
 
 
-@pytest.mark.parametrize(("password_hash", "password"), [(PBKDF2, "passwd"), (SCRYPT, "pleaseletmein")])
+@pytest.mark.parametrize(
+    ("password_hash", "password"), [(PBKDF2, "passwd"), (SCRYPT, "pleaseletmein")]
+)
 def test_known_answers_of_rfc_7914(password_hash, password):
     assert profiler.verify_password(password_hash, password) is True
     assert profiler.verify_password(password_hash, password + "x") is False
@@ -73,7 +75,12 @@ def test_lone_surrogate_matches_nothing():
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("\u00e9", "e\u0301"), ("\u1e69", "s\u0307\u0323"), ("\u212b", "A\u030a"), ("\uac00", "\u1100\u1161")],
+    [
+        ("\u00e9", "e\u0301"),
+        ("\u1e69", "s\u0307\u0323"),
+        ("\u212b", "A\u030a"),
+        ("\uac00", "\u1100\u1161"),
+    ],
 )
 def test_passwords_are_normalised_to_nfc(first, second):
     assert profiler.verify_password(profiler.hash_password(first, 1), second)
@@ -86,7 +93,9 @@ def test_normalised_form_is_composed():
     assert profiler.verify_password(f"pbkdf2:sha256:1$salt${digest}", "e\u0301")
 
 
-@pytest.mark.parametrize(("first", "second"), [("\ufb01", "fi"), ("\u00b2", "2"), ("\uff21", "A"), ("x\u200b", "x")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("\ufb01", "fi"), ("\u00b2", "2"), ("\uff21", "A"), ("x\u200b", "x")]
+)
 def test_compatible_characters_remain_different_passwords(first, second):
     """NFC, not NFKC."""
     assert not profiler.verify_password(profiler.hash_password(first, 1), second)
@@ -97,7 +106,9 @@ def test_foreign_hash_of_decomposed_letters_matches_the_raw_password():
     assert not profiler.verify_password(DECOMPOSED, "Passwort \u2603")
 
 
-@pytest.mark.parametrize("iterations", [0, -1, profiler.MAX_ITERATIONS + 1, 1.5, True, "", "x", None])
+@pytest.mark.parametrize(
+    "iterations", [0, -1, profiler.MAX_ITERATIONS + 1, 1.5, True, "", "x", None]
+)
 def test_invalid_iterations_raise_valueerror(iterations):
     with pytest.raises(ValueError, match="iterations must be a number from 1 to 10000000"):
         profiler.hash_password("1234", iterations)
@@ -175,7 +186,9 @@ def test_scrypt_n_must_be_a_power_of_two(n):
     assert profiler.verify_password(f"scrypt:{n}:8:1$salt${LONG_DIGEST}", "1234") is False
 
 
-@pytest.mark.parametrize("costs", [(2, 99, 99), (2, 1, 1), (32768, 1, 1), (65536, 1, 1), (2**19, 1, 1), (2**16, 2, 8)])
+@pytest.mark.parametrize(
+    "costs", [(2, 99, 99), (2, 1, 1), (32768, 1, 1), (65536, 1, 1), (2**19, 1, 1), (2**16, 2, 8)]
+)
 def test_scrypt_of_any_accepted_costs_can_be_computed(costs):
     """RFC 7914 2 also requires n to be less than 2 to the power of 16 * r."""
     password_hash = f"scrypt:{costs[0]}:{costs[1]}:{costs[2]}$salt${LONG_DIGEST}"

@@ -54,13 +54,17 @@ def server(application, capfd):
 
 @contextlib.contextmanager
 def connected(server):
-    with contextlib.closing(socket.create_connection(server.server_address, timeout=10)) as connection:
+    with contextlib.closing(
+        socket.create_connection(server.server_address, timeout=10)
+    ) as connection:
         yield connection
 
 
 def get(path, *fields):
     """Return a GET request for a path, with more header fields."""
-    return b"".join(line + b"\r\n" for line in (b"GET %b HTTP/1.1" % path, b"Host: localhost", *fields, b""))
+    return b"".join(
+        line + b"\r\n" for line in (b"GET %b HTTP/1.1" % path, b"Host: localhost", *fields, b"")
+    )
 
 
 def receive(connection):
@@ -124,7 +128,8 @@ def trickle(connection, message):
 
 
 class Gate:
-    """Wraps an application: records the paths of requests; a request for /gate holds up the I/O thread."""
+    """Wraps an application: records the paths of requests; a request for /gate holds up
+    the I/O thread."""
 
     def __init__(self, application):
         self.application, self.paths, self.environs = application, [], []
@@ -141,7 +146,8 @@ class Gate:
 
 @contextlib.contextmanager
 def held_up(server, gate):
-    """Hold up the I/O thread during the block, so that what is sent in it arrives at the same time."""
+    """Hold up the I/O thread during the block, so that what is sent in it arrives at
+    the same time."""
     with connected(server) as connection:
         connection.sendall(get(b"/gate"))
         assert gate.reached.wait(10)
@@ -152,15 +158,23 @@ def held_up(server, gate):
             answer(connection)
 
 
-# -- requests and responses --------------------------------------------------------------------------------------------
+# -- requests and responses ------------------------------------------------------------
 
 
 def test_connection_is_kept_alive_and_tells_its_timeout(server):
     with connected(server) as connection:
         for _ in range(3):
             response = ask(connection)
-            assert (response.status, response.json, response.headers["Connection"]) == (200, [], None)
-            assert response.headers["Keep-Alive"] == f"timeout={profiler.IDLE_TIMEOUT}" == "timeout=15"
+            assert (response.status, response.json, response.headers["Connection"]) == (
+                200,
+                [],
+                None,
+            )
+            assert (
+                response.headers["Keep-Alive"]
+                == f"timeout={profiler.IDLE_TIMEOUT}"
+                == "timeout=15"
+            )
 
 
 def test_pipelined_requests_are_answered_in_order(server):
@@ -194,7 +208,11 @@ def test_other_connection_options_keep_the_connection(server, option):
     with connected(server) as connection:
         for _ in range(2):
             kept = ask(connection, get(b"/users/", b"Connection: " + option))
-            assert (kept.status, kept.headers["Connection"], kept.headers["Keep-Alive"]) == (200, None, "timeout=15")
+            assert (kept.status, kept.headers["Connection"], kept.headers["Keep-Alive"]) == (
+                200,
+                None,
+                "timeout=15",
+            )
 
 
 def test_last_response_ends_the_stream_at_once(server, monkeypatch):
@@ -254,9 +272,13 @@ def failing_after(pages, function, error=None):
     return fail
 
 
-@pytest.mark.parametrize("error", [profiler.Unavailable("disk I/O error"), OSError("disk I/O error")])
+@pytest.mark.parametrize(
+    "error", [profiler.Unavailable("disk I/O error"), OSError("disk I/O error")]
+)
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_list_that_fails_midway_resets_the_connection(application, users, path, capfd, monkeypatch, version, error):
+def test_list_that_fails_midway_resets_the_connection(
+    application, users, path, capfd, monkeypatch, version, error
+):
     """To an HTTP/1.0 client, the end of the stream would be the end of the list."""
     fill(path, 4 * profiler.BATCH)
     monkeypatch.setattr(users, "page", failing_after(2, users.page, error))
@@ -269,13 +291,17 @@ def test_list_that_fails_midway_resets_the_connection(application, users, path, 
     assert "disk I/O error" in line
 
 
-def test_bug_in_the_middle_of_a_list_is_logged_with_its_traceback(application, users, path, capfd, monkeypatch):
+def test_bug_in_the_middle_of_a_list_is_logged_with_its_traceback(
+    application, users, path, capfd, monkeypatch
+):
     fill(path, 4 * profiler.BATCH)
     monkeypatch.setattr(users, "page", failing_after(2, users.page, ZeroDivisionError("oops")))
     with serving(application) as server, connected(server) as connection:
         connection.sendall(GET)
         receive_until_reset(connection)
-    assert re.fullmatch(r"Traceback .*\nZeroDivisionError: oops\n", capfd.readouterr().err, re.DOTALL)
+    assert re.fullmatch(
+        r"Traceback .*\nZeroDivisionError: oops\n", capfd.readouterr().err, re.DOTALL
+    )
 
 
 def test_list_that_fails_before_its_first_page_is_503(server, users, monkeypatch):
@@ -288,7 +314,9 @@ def test_list_that_fails_before_its_first_page_is_503(server, users, monkeypatch
 def test_100_continue_is_sent_to_a_client_that_waits_for_it(server, body_parts):
     """RFC 9110 10.1.1."""
     with connected(server) as connection:
-        connection.sendall((POST_HEAD % len(BODY)).replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        connection.sendall(
+            (POST_HEAD % len(BODY)).replace(b"Host", b"Expect: 100-continue\r\nHost")
+        )
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         for part in body_parts:
             connection.sendall(part)
@@ -299,7 +327,9 @@ def test_100_continue_is_sent_to_a_client_that_waits_for_it(server, body_parts):
 def test_100_continue_is_not_sent_to_http_1_0(server):
     """RFC 9110 10.1.1: a server must not."""
     with connected(server) as connection:
-        connection.sendall(POST.replace(b"1.1", b"1.0").replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        connection.sendall(
+            POST.replace(b"1.1", b"1.0").replace(b"Host", b"Expect: 100-continue\r\nHost")
+        )
         assert receive(connection).startswith(b"HTTP/1.1 201 ")
 
 
@@ -355,7 +385,8 @@ def test_incomplete_head_is_400(server):
 
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_empty_line_after_the_head_may_arrive_in_two_parts(server, split):
-    """In two reads: the first part of the head is sent with a complete request, which is answered in between."""
+    """In two reads: the first part of the head is sent with a complete request, which
+    is answered in between."""
     with connected(server) as connection:
         assert ask(connection, GET + GET[:-split]).status == 200
         assert ask(connection, GET[-split:]).status == 200
@@ -384,7 +415,8 @@ def test_unread_body_is_not_taken_for_the_next_request(server):
 
 
 def test_sender_of_a_large_body_receives_413(server):
-    """If the server closed with unread input, the connection would be reset and the response lost."""
+    """If the server closed with unread input, the connection would be reset and the
+    response lost."""
     with connected(server) as connection:
         connection.sendall(POST_HEAD % 5_000_000 + b"x" * 5_000_000)
         received = receive(connection)
@@ -404,7 +436,11 @@ def test_environ_conforms_to_pep_3333(application):
         "127.0.0.1",
         str(port),
     )
-    assert (environ["wsgi.multithread"], environ["wsgi.multiprocess"], environ["wsgi.run_once"]) == (True, False, False)
+    assert (
+        environ["wsgi.multithread"],
+        environ["wsgi.multiprocess"],
+        environ["wsgi.run_once"],
+    ) == (True, False, False)
 
 
 def test_responses_have_the_date_and_a_server_header_without_python(server):
@@ -417,7 +453,9 @@ def test_responses_have_the_date_and_a_server_header_without_python(server):
 def test_small_response_is_one_packet_without_delay(server, monkeypatch):
     sent = []
     send = socket.socket.send
-    monkeypatch.setattr(socket.socket, "send", lambda *arguments: sent.append(arguments[1]) or send(*arguments))
+    monkeypatch.setattr(
+        socket.socket, "send", lambda *arguments: sent.append(arguments[1]) or send(*arguments)
+    )
     with connected(server) as connection:
         assert ask(connection).status == 200
         [served] = server.connections
@@ -425,7 +463,7 @@ def test_small_response_is_one_packet_without_delay(server, monkeypatch):
     assert [message[:9] for message in sent if message != b"\0"] == [b"HTTP/1.1 "]
 
 
-# -- timeouts ----------------------------------------------------------------------------------------------------------
+# -- timeouts --------------------------------------------------------------------------
 
 
 def test_slow_head_times_out(server, monkeypatch):
@@ -553,7 +591,7 @@ def test_client_that_resets_the_connection_leaves_no_trace(server, path, capfd):
     assert capfd.readouterr().err == ""
 
 
-# -- limits ------------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------
 
 
 def test_at_the_connection_limit_the_longest_idle_connection_is_closed(server):
@@ -626,7 +664,11 @@ def test_without_threads_a_write_returns_503_and_reads_go_on(server, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more_threads)
             refused = ask(connection, POST)
-            assert (refused.status, refused.headers["Retry-After"], refused.headers["Connection"]) == (
+            assert (
+                refused.status,
+                refused.headers["Retry-After"],
+                refused.headers["Connection"],
+            ) == (
                 503,
                 "1",
                 "close",
@@ -655,7 +697,7 @@ def no_more_threads(thread):
     raise RuntimeError("can't start new thread")
 
 
-# -- fairness ----------------------------------------------------------------------------------------------------------
+# -- fairness --------------------------------------------------------------------------
 
 
 def test_many_incomplete_heads_do_not_hold_up_others(server):
@@ -682,7 +724,9 @@ def test_list_that_is_read_fast_does_not_hold_up_others(server, users, monkeypat
     """The list has no end before the others are answered."""
     answered = threading.Event()
     page = b",".join([b"{}"] * 20_000)
-    monkeypatch.setattr(users, "page", lambda limit, after=0, *_, **__: (page, None if answered.is_set() else 1))
+    monkeypatch.setattr(
+        users, "page", lambda limit, after=0, *_, **__: (page, None if answered.is_set() else 1)
+    )
 
     with connected(server) as fast, connected(server) as other:
         reader = threading.Thread(target=ask, args=(fast,))
@@ -817,7 +861,9 @@ def test_password_of_a_client_that_waits_for_a_core_is_hashed(one_core_server, w
         assert (answer(first).status, answer(second).status) == (201, 201)
 
 
-def test_password_of_a_client_that_has_gone_is_not_hashed(one_core_server, waiting, slow_hash, path, capfd):
+def test_password_of_a_client_that_has_gone_is_not_hashed(
+    one_core_server, waiting, slow_hash, path, capfd
+):
     with connected(one_core_server) as first:
         first.sendall(POST)
         assert slow_hash.started.acquire(timeout=10)
@@ -832,7 +878,7 @@ def test_password_of_a_client_that_has_gone_is_not_hashed(one_core_server, waiti
     assert execute(path, 'SELECT email FROM "user"') == [("harry@example.com",)]
 
 
-# -- log ---------------------------------------------------------------------------------------------------------------
+# -- log -------------------------------------------------------------------------------
 
 
 def test_access_log_has_common_log_format_without_control_characters(application, capfd):
@@ -841,7 +887,8 @@ def test_access_log_has_common_log_format_without_control_characters(application
         receive(connection)
     first, second, third, fourth = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
-        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 3', first
+        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 3',
+        first,
     )
     assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
     assert '"GET /\\x9b2J HTTP/1.1" 404' in third
@@ -859,10 +906,19 @@ def test_access_log_has_common_log_format_without_control_characters(application
         b"GET /users/ HTTP/1.1\rAuthorization: Bearer 1234\r\n\r\n",
         b"\x16\x03\x011234",
     ],
-    ids=["no length", "no length, empty line", "short length", "short length, empty line", "LF", "CR", "TLS"],
+    ids=[
+        "no length",
+        "no length, empty line",
+        "short length",
+        "short length, empty line",
+        "LF",
+        "CR",
+        "TLS",
+    ],
 )
 def test_access_log_has_nothing_but_request_lines(application, capfd, request_):
-    """A body whose length the client did not send right is taken for the next request. It contains a password."""
+    """A body whose length the client did not send right is taken for the next request.
+    It contains a password."""
     with serving(application, access_log=True) as server, connected(server) as connection:
         connection.sendall(request_)
         assert statuses(receive(connection))[-1] == 400
@@ -917,7 +973,9 @@ def test_tracebacks_do_not_interleave(application, users, capfd, monkeypatch):
             assert {response.status for response in answers(connection, *["DELETE"] * 5)} == {500}
     _, *tracebacks = capfd.readouterr().err.split("Traceback (most recent call last):\n")
     assert len(tracebacks) == 20
-    assert all(traceback.endswith("\nZeroDivisionError: division by zero\n") for traceback in tracebacks)
+    assert all(
+        traceback.endswith("\nZeroDivisionError: division by zero\n") for traceback in tracebacks
+    )
 
 
 @pytest.mark.parametrize("stderr", [None, io.StringIO()], ids=["none", "without a descriptor"])
@@ -942,7 +1000,7 @@ def test_log_entries_that_wait_are_limited(application, capfd, monkeypatch):
     assert 1 <= capfd.readouterr().err.count("/x/") < 10
 
 
-# -- graceful shutdown -------------------------------------------------------------------------------------------------
+# -- graceful shutdown -----------------------------------------------------------------
 
 
 def test_shutdown_answers_requests_in_flight_and_closes_idle_connections(application, slow_hash):
@@ -996,7 +1054,9 @@ def test_shutdown_completes_a_list_and_then_closes_its_connection(server, users,
     assert b"\r\nConnection: close\r\n" not in received
 
 
-def test_shutdown_does_not_wait_for_requests_longer_than_its_timeout(application, slow_hash, monkeypatch):
+def test_shutdown_does_not_wait_for_requests_longer_than_its_timeout(
+    application, slow_hash, monkeypatch
+):
     monkeypatch.setattr(profiler, "DRAIN_TIMEOUT", 0.05)
     with serving(application) as server, connected(server) as connection:
         connection.sendall(POST)

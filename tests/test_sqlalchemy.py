@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-fcntl, termios = (pytest.importorskip(name, reason="needs a Unix") for name in ("fcntl", "termios"))
+fcntl, termios = (
+    pytest.importorskip(name, reason="needs a Unix") for name in ("fcntl", "termios")
+)
 sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 pymysql = pytest.importorskip("pymysql", reason="PyMySQL is not installed")
@@ -75,7 +77,8 @@ _urls = {}
 
 @pytest.fixture
 def database_url(server):
-    """The URL of a database without a table. It is used again, because creating one takes longer."""
+    """The URL of a database without a table. It is used again, because creating one
+    takes longer."""
     if server not in _urls:
         _urls[server] = server.make_database()
     server.execute(f"DROP TABLE IF EXISTS {server.table}", database_of(_urls[server]))
@@ -90,7 +93,9 @@ def url(database_url):
 
 @contextlib.contextmanager
 def make_app(database):
-    with contextlib.closing(profiler_sqlalchemy.create_app(str(database), iterations=ITERATIONS)) as application:
+    with contextlib.closing(
+        profiler_sqlalchemy.create_app(str(database), iterations=ITERATIONS)
+    ) as application:
         yield application
 
 
@@ -113,7 +118,11 @@ def fill_table(server, url, count, application):
 
 
 def put(application, user_id=1, method="PUT", fields=None, **environ):
-    fields = fields or {"first_name": "Ginny", "last_name": "Weasley", "email": "ginny@example.com"}
+    fields = fields or {
+        "first_name": "Ginny",
+        "last_name": "Weasley",
+        "email": "ginny@example.com",
+    }
     return call(application, method, f"/users/{user_id}/", fields=fields, **environ)
 
 
@@ -130,7 +139,7 @@ def assert_unavailable(answer, reason=""):
         assert secret not in answer.errors
 
 
-# -- the same claims, and the same responses ---------------------------------------------------------------------------
+# -- the same claims, and the same responses -------------------------------------------
 
 for name, value in vars(test_profiler).items():
     if name.startswith("test_") or name in ("pages", "people"):
@@ -142,7 +151,9 @@ def user(**fields):
 
 
 def profile(**fields):
-    return json.dumps({"first_name": "Ginny", "last_name": "Weasley", "email": "ginny@example.com", **fields}).encode()
+    return json.dumps(
+        {"first_name": "Ginny", "last_name": "Weasley", "email": "ginny@example.com", **fields}
+    ).encode()
 
 
 def passwords(old, new):
@@ -159,7 +170,20 @@ EMAILS = [
     "e@x", "E@X", "\u0130@x", "i@x", "\u017f@x", "s@x", "\U0001f9d9@x", "\U0001f409@x", "\u00df@x", "ss@x", "%@x",
     "_@x", "a" * 252 + "@x", "a" * 253 + "@x", "\U0001f9d9" * 252 + "@x",
 ]  # fmt: skip
-IDS = ["0", "00", "01", "1", "2", "9223372036854775807", "9223372036854775808", "9" * 5000, "-1", "1.0", "x", "\u0661"]
+IDS = [
+    "0",
+    "00",
+    "01",
+    "1",
+    "2",
+    "9223372036854775807",
+    "9223372036854775808",
+    "9" * 5000,
+    "-1",
+    "1.0",
+    "x",
+    "\u0661",
+]
 QUERIES = [
     "limit=1", "limit=2&after=1", "limit=3&sort=-id", "limit=2&sort=-id&after=9", "sort=-id", "sort=id&after=5",
     "limit=0", "limit=1001", "limit=x", "after=-1", "after=9223372036854775807", "after=9223372036854775808",
@@ -177,7 +201,10 @@ REQUESTS = [
     ("POST", "/users/", user()),
     ("POST", "/users/", user(email="Harry@Example.com")),
     ("POST", "/users/", json.dumps(RON).encode()),
-    *(("POST", "/users/", user(first_name=value, email=f"f{i}@x")) for i, value in enumerate(HOSTILE)),
+    *(
+        ("POST", "/users/", user(first_name=value, email=f"f{i}@x"))
+        for i, value in enumerate(HOSTILE)
+    ),
     *(("PUT", "/users/2/", profile(last_name=value)) for value in HOSTILE),
     *(("PATCH", "/users/2/", json.dumps({"last_name": value}).encode()) for value in HOSTILE),
     *(("POST", "/users/", user(email=email)) for email in EMAILS),
@@ -190,16 +217,32 @@ REQUESTS = [
     ("POST", "/users/", b"[" * 100),
     ("POST", "/users/", b'"' + b"x" * 70_000 + b'"'),
     ("POST", "/users/", json.dumps({**RON, "password_hash": "x"}).encode()),
-    ("POST", "/users/verify/", json.dumps({"email": "hARRY@example.com", "password": "1234"}).encode()),
-    ("POST", "/users/verify/", json.dumps({"email": "harry@example.com", "password": "12345"}).encode()),
-    ("POST", "/users/verify/", json.dumps({"email": "nobody@example.com", "password": "1234"}).encode()),
+    (
+        "POST",
+        "/users/verify/",
+        json.dumps({"email": "hARRY@example.com", "password": "1234"}).encode(),
+    ),
+    (
+        "POST",
+        "/users/verify/",
+        json.dumps({"email": "harry@example.com", "password": "12345"}).encode(),
+    ),
+    (
+        "POST",
+        "/users/verify/",
+        json.dumps({"email": "nobody@example.com", "password": "1234"}).encode(),
+    ),
     ("PUT", "/users/1/password/", passwords("1234", "\U0001f9d9\n")),
     ("PUT", "/users/1/password/", passwords("1234", "5678")),
     ("PUT", "/users/1/password/", passwords("\U0001f9d9\n", "a\0")),
     ("PUT", "/users/99999/password/", passwords("1234", "5678")),
     ("PUT", "/users/1/password/reset/", passwords("", "8765")),
     ("PUT", "/users/99999/password/reset/", passwords("", "8765")),
-    ("POST", "/users/verify/", json.dumps({"email": "harry@example.com", "password": "8765"}).encode()),
+    (
+        "POST",
+        "/users/verify/",
+        json.dumps({"email": "harry@example.com", "password": "8765"}).encode(),
+    ),
     ("GET", "/users/1/"),
     ("GET", "/users/1/", b"", {"HTTP_IF_NONE_MATCH": "ETAG"}),
     ("PUT", "/users/1/", profile(email="harry@example.com"), {"HTTP_IF_MATCH": '"stale"'}),
@@ -224,11 +267,14 @@ REQUESTS = [
 
 
 def answer_all(application):
-    """Return the responses to all requests, except for times, and entity tags, which depend on them."""
+    """Return the responses to all requests, except for times, and entity tags, which
+    depend on them."""
     answers, etag = [], ""
     for method, path_info, *rest in REQUESTS:
         body, environ = (*rest, b"", {})[:2] if len(rest) < 2 else rest
-        environ = {name: etag if value == "ETAG" else value for name, value in (environ or {}).items()}
+        environ = {
+            name: etag if value == "ETAG" else value for name, value in (environ or {}).items()
+        }
         status, headers, content, errors = call(application, method, path_info, body, **environ)
         etag = headers.get("ETag", etag)
         headers = {name: "ETAG" if name == "ETag" else value for name, value in headers.items()}
@@ -256,7 +302,9 @@ def test_responses_are_the_same_as_on_sqlite_byte_for_byte(application, expected
 
 def test_json_is_the_same_as_on_sqlite_whatever_is_stored(application, tmp_path):
     """The endpoints accept no control characters, but another program may have stored some."""
-    text = "".join(map(chr, range(1, 0x250))) + "\u2028\u2029\ufeff\ufffe\uffff\U0001f9d9\U0010ffff"
+    text = (
+        "".join(map(chr, range(1, 0x250))) + "\u2028\u2029\ufeff\ufffe\uffff\U0001f9d9\U0010ffff"
+    )
     texts = [text[start : start + 100] for start in range(0, len(text), 100)]
     with make_app(tmp_path / "db.sqlite3") as sqlite:
         for number, text in enumerate(texts, start=1):
@@ -267,13 +315,17 @@ def test_json_is_the_same_as_on_sqlite_whatever_is_stored(application, tmp_path)
 
 
 @pytest.mark.parametrize(("text", "on_mariadb"), [("é", True), ("É", True), ("e", False)])
-def test_search_ignores_the_case_of_other_letters_on_mariadb_only(server, application, text, on_mariadb):
+def test_search_ignores_the_case_of_other_letters_on_mariadb_only(
+    server, application, text, on_mariadb
+):
     other = {"é": "É", "É": "é", "e": "é"}[text]
     application.users.insert(other * 3, "x", "x@x", "x")
-    assert bool(application.users.page(10, text=text)[0]) == (on_mariadb and isinstance(server, MariaDB))
+    assert bool(application.users.page(10, text=text)[0]) == (
+        on_mariadb and isinstance(server, MariaDB)
+    )
 
 
-# -- table -------------------------------------------------------------------------------------------------------------
+# -- table -----------------------------------------------------------------------------
 
 
 def test_first_request_creates_the_table(server, url, application):
@@ -333,7 +385,9 @@ def test_missing_privilege_for_a_sequence_is_503(postgresql_server):
         assert_unavailable(post(limited), "permission denied for sequence ids")
 
 
-def test_initialise_without_the_right_to_drop_is_one_line_and_exit_1(server, url, application, capsys):
+def test_initialise_without_the_right_to_drop_is_one_line_and_exit_1(
+    server, url, application, capsys
+):
     post(application)
     limited = server.allow(url)
     with pytest.raises(SystemExit) as exit:
@@ -386,7 +440,9 @@ def test_text_that_is_too_long_is_not_truncated(application):
 
 
 def test_encoding_that_cannot_store_every_character_is_503(postgresql_server):
-    url = postgresql_server.make_database("ENCODING LATIN1 LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    url = postgresql_server.make_database(
+        "ENCODING LATIN1 LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    )
     with make_app(url) as application:
         assert_unavailable(call(application), "encoding of the database is LATIN1")
 
@@ -421,7 +477,7 @@ def test_backup_names_the_programs_of_the_servers(application):
         application.users.backup("copy")
 
 
-# -- rows of other programs --------------------------------------------------------------------------------------------
+# -- rows of other programs ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -441,22 +497,33 @@ def test_any_time_is_served(request, name, created_on, served):
     url = server.make_database()
     with make_app(url) as application:
         fill_table(server, url, 3, application)
-        server.execute(f"UPDATE {server.table} SET created_on = '{created_on}' WHERE id = 2", database_of(url))
+        server.execute(
+            f"UPDATE {server.table} SET created_on = '{created_on}' WHERE id = 2", database_of(url)
+        )
         assert get(application, 2).json["created_on"] == served
         assert [user["created_on"] for user in call(application).json][1] == served
         assert call(application, path="/health/").status == 200
         assert put(application, 2, HTTP_IF_MATCH=get(application, 2).headers["ETag"]).status == 200
 
 
-def test_invalid_utf8_in_an_sql_ascii_database_is_served_as_replacement_characters(postgresql_server):
-    url = postgresql_server.make_database("ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+def test_invalid_utf8_in_an_sql_ascii_database_is_served_as_replacement_characters(
+    postgresql_server,
+):
+    url = postgresql_server.make_database(
+        "ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    )
     with make_app(url) as application:
         fill_table(postgresql_server, url, 3, application)
         postgresql_server.execute(
-            "UPDATE \"user\" SET first_name = E'H\\xffrry', password = E'\\xff' WHERE id = 2", database_of(url)
+            "UPDATE \"user\" SET first_name = E'H\\xffrry', password = E'\\xff' WHERE id = 2",
+            database_of(url),
         )
         assert get(application, 2).json["first_name"] == "H\ufffdrry"
-        assert [user["first_name"] for user in call(application).json] == ["First1", "H\ufffdrry", "First3"]
+        assert [user["first_name"] for user in call(application).json] == [
+            "First1",
+            "H\ufffdrry",
+            "First3",
+        ]
         fields = {"email": "user2@example.com", "password": "x"}
         assert call(application, "POST", "/users/verify/", fields=fields).status == 403
         assert put(application, 3, "PATCH", {"first_name": "漢"}).status == 200
@@ -464,12 +531,13 @@ def test_invalid_utf8_in_an_sql_ascii_database_is_served_as_replacement_characte
         assert call(application, path="/users/", QUERY_STRING="q=H").status == 200
 
 
-# -- connections -------------------------------------------------------------------------------------------------------
+# -- connections -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def logged_statements(server, url):
-    """Yield a list, which contains the statements of one application's connection at the end of the block."""
+    """Yield a list, which contains the statements of one application's connection at
+    the end of the block."""
     statements = []
     if isinstance(server, PostgreSQL):
         name, before = database_of(url), server.log.stat().st_size
@@ -479,12 +547,18 @@ def logged_statements(server, url):
         statements += [text.strip() for text in re.findall(pattern, log, re.MULTILINE | re.DOTALL)]
     else:
         name = database_of(url)
-        [(thread,)] = server.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'")
+        [(thread,)] = server.execute(
+            f"SELECT id FROM information_schema.processlist WHERE db = '{name}'"
+        )
         server.execute("SET GLOBAL log_output = 'TABLE', general_log = 1")
         yield statements
         server.execute("SET GLOBAL general_log = 0")
-        rows = server.execute(f"SELECT argument FROM mysql.general_log WHERE thread_id = {thread} ORDER BY event_time")
-        statements += [argument.decode() if isinstance(argument, bytes) else argument for (argument,) in rows]
+        rows = server.execute(
+            f"SELECT argument FROM mysql.general_log WHERE thread_id = {thread} ORDER BY event_time"
+        )
+        statements += [
+            argument.decode() if isinstance(argument, bytes) else argument for (argument,) in rows
+        ]
 
 
 @pytest.fixture
@@ -514,12 +588,19 @@ def test_patch_is_one_update_of_the_given_columns(server, logged):
         assert post(application).status == 201
         with logged_statements(server, logged) as statements:
             assert put(application, method="PATCH", fields={"first_name": "Ginny"}).status == 200
-            assert put(application, method="PATCH", fields={"email": "Ginny@example.com"}).status == 200
-    first, second = (re.findall(r"(\w+) = ", statement.partition("WHERE")[0]) for statement in statements)
+            assert (
+                put(application, method="PATCH", fields={"email": "Ginny@example.com"}).status
+                == 200
+            )
+    first, second = (
+        re.findall(r"(\w+) = ", statement.partition("WHERE")[0]) for statement in statements
+    )
     assert (first, second) == (["first_name"], ["email", "email_key"])
 
 
-def test_write_after_idle_time_is_preceded_by_a_ping_and_a_read_is_not(postgresql_server, monkeypatch):
+def test_write_after_idle_time_is_preceded_by_a_ping_and_a_read_is_not(
+    postgresql_server, monkeypatch
+):
     url = postgresql_server.make_database()
     postgresql_server.execute(f"ALTER DATABASE {database_of(url)} SET log_statement = 'all'")
     with make_app(url) as application:
@@ -545,8 +626,12 @@ def test_half_read_lists_hold_no_connection(server, url, application):
 def count_connections(server, url):
     name = database_of(url)
     if isinstance(server, PostgreSQL):
-        return server.execute(f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'")[0][0]
-    return server.execute(f"SELECT count(*) FROM information_schema.processlist WHERE db = '{name}'")[0][0]
+        return server.execute(f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'")[
+            0
+        ][0]
+    return server.execute(
+        f"SELECT count(*) FROM information_schema.processlist WHERE db = '{name}'"
+    )[0][0]
 
 
 def test_32_threads_of_cold_requests_open_at_most_8_connections(server, url):
@@ -561,7 +646,9 @@ def test_32_threads_of_cold_requests_open_at_most_8_connections(server, url):
 
     def request(number):
         barrier.wait()
-        return [get(application, i).status for i in range(20)] + [post(application, user(email=f"{number}@x")).status]
+        return [get(application, i).status for i in range(20)] + [
+            post(application, user(email=f"{number}@x")).status
+        ]
 
     def watch():
         while not done.is_set():
@@ -635,7 +722,10 @@ def test_missing_driver_is_reported_with_the_extra_to_install(driver, extra, mon
 @pytest.mark.parametrize(
     ("url", "location"),
     [
-        ("postgres://app:h0rcrux@db.example/app?password=h0rcrux", "postgresql://app@db.example/app"),
+        (
+            "postgres://app:h0rcrux@db.example/app?password=h0rcrux",
+            "postgresql://app@db.example/app",
+        ),
         ("mariadb://app:h0rcrux@db.example:3307/app", "mysql://app@db.example:3307/app"),
         (
             "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433&target_session_attrs=read-write",
@@ -650,7 +740,9 @@ def test_location_contains_no_password(url, location):
 
 def settings_of(application):
     """Return what the connections of an application have set, on PostgreSQL."""
-    rows = application.users._read("SELECT current_setting('statement_timeout'), current_setting('application_name')")
+    rows = application.users._read(
+        "SELECT current_setting('statement_timeout'), current_setting('application_name')"
+    )
     return rows[0]
 
 
@@ -658,19 +750,30 @@ def test_url_overrides_the_default_options(postgresql_server):
     url = postgresql_server.make_database()
     with make_app(url) as application:
         assert settings_of(application) == ("10s", "profiler")
-    with make_app(url + "?application_name=other&options=-c%20statement_timeout%3D1234") as application:
+    with make_app(
+        url + "?application_name=other&options=-c%20statement_timeout%3D1234"
+    ) as application:
         assert settings_of(application) == ("1234ms", "other")
 
 
-@pytest.mark.parametrize(("options", "expected"), [("?options=", "10s"), ("?options=-c%20statement_timeout%3D0", "0")])
-def test_default_is_switched_off_by_a_value_and_not_by_an_empty_one(postgresql_server, options, expected):
+@pytest.mark.parametrize(
+    ("options", "expected"), [("?options=", "10s"), ("?options=-c%20statement_timeout%3D0", "0")]
+)
+def test_default_is_switched_off_by_a_value_and_not_by_an_empty_one(
+    postgresql_server, options, expected
+):
     with make_app(postgresql_server.make_database() + options) as application:
         assert settings_of(application)[0] == expected
 
 
 def test_default_of_mariadb_is_switched_off_by_a_value(mariadb_server):
-    with make_app(mariadb_server.make_database() + "?init_command=DO%200&read_timeout=86400") as application:
-        assert application.users._read("SELECT @@sql_mode, @@innodb_lock_wait_timeout")[0] == ("", 50)
+    with make_app(
+        mariadb_server.make_database() + "?init_command=DO%200&read_timeout=86400"
+    ) as application:
+        assert application.users._read("SELECT @@sql_mode, @@innodb_lock_wait_timeout")[0] == (
+            "",
+            50,
+        )
 
 
 def test_connect_timeout_is_shared_by_several_hosts():
@@ -682,7 +785,7 @@ def test_connect_timeout_is_shared_by_several_hosts():
     assert timeout("postgresql:///app?host=a,b,c,d,e,f,g") == 2
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------
 
 
 def test_stopped_server_is_503_and_200_when_it_is_back(server, application, caplog):
@@ -795,7 +898,9 @@ def fail(server, url, times):
 
 
 @pytest.mark.parametrize(("is_read", "count"), [(True, 3), (False, 1)])
-def test_read_whose_connection_breaks_is_repeated_and_a_write_is_not(server, application, is_read, count):
+def test_read_whose_connection_breaks_is_repeated_and_a_write_is_not(
+    server, application, is_read, count
+):
     """A write may have been committed."""
     application.users.count()
     calls = []
@@ -840,7 +945,11 @@ def test_email_taken_after_the_look_up_is_400(application, monkeypatch):
     monkeypatch.setattr(application.users, "create", insert)
     assert post(application).status == 201
     answer = post(application, user(email="HARRY@example.com"))
-    assert (answer.status, answer.error, answer.errors) == (400, "This email is already registered", "")
+    assert (answer.status, answer.error, answer.errors) == (
+        400,
+        "This email is already registered",
+        "",
+    )
 
 
 def test_duplicate_of_another_unique_column_is_503_with_a_log_line(server, url, application):
@@ -871,7 +980,9 @@ def test_changed_column_type_does_not_break_prepared_statements(postgresql_serve
         fill_table(postgresql_server, url, 3, application)
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(get, [application] * 200))
-        postgresql_server.execute(f'ALTER TABLE "user" ALTER first_name TYPE {type_name}', database_of(url))
+        postgresql_server.execute(
+            f'ALTER TABLE "user" ALTER first_name TYPE {type_name}', database_of(url)
+        )
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(get, [application] * 50))
         assert {(answer.status, answer.errors) for answer in answers} == {(200, "")}
@@ -883,7 +994,9 @@ def test_lost_prepared_statements_are_prepared_again(postgresql_server):
         post(application)
         for _ in range(10):
             assert get(application).status == 200
-        application.users._attempt(lambda cursor: cursor.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$"))
+        application.users._attempt(
+            lambda cursor: cursor.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")
+        )
         assert get(application).status == 200
         assert put(application).status == 200
 
@@ -922,7 +1035,7 @@ def test_guard_that_raises_leaves_the_user_unchanged(server, url, application):
     assert application.users.get_password_hash(1) == "x"
 
 
-# -- timeouts ----------------------------------------------------------------------------------------------------------
+# -- timeouts --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -989,7 +1102,10 @@ def test_first_request_to_a_frozen_server_ends_in_time(server, url, short_timeou
 
 @pytest.mark.parametrize("kind", REQUEST_KINDS)
 def test_request_for_a_locked_table_ends_in_time(server, url, short_timeouts, kind):
-    with make_app(url) as application, contextlib.closing(server.connect(database_of(url))) as other:
+    with (
+        make_app(url) as application,
+        contextlib.closing(server.connect(database_of(url))) as other,
+    ):
         fill_table(server, url, 1, application)
         cursor = other.cursor()
         if isinstance(server, PostgreSQL):
@@ -1003,7 +1119,10 @@ def test_request_for_a_locked_table_ends_in_time(server, url, short_timeouts, ki
 
 @pytest.mark.parametrize("kind", ["put", "conditional", "delete"])
 def test_request_for_a_locked_row_ends_in_time(server, url, short_timeouts, kind):
-    with make_app(url) as application, contextlib.closing(server.connect(database_of(url))) as other:
+    with (
+        make_app(url) as application,
+        contextlib.closing(server.connect(database_of(url))) as other,
+    ):
         fill_table(server, url, 1, application)
         cursor = other.cursor()
         cursor.execute("BEGIN")
@@ -1014,7 +1133,10 @@ def test_request_for_a_locked_row_ends_in_time(server, url, short_timeouts, kind
 
 
 def test_requests_that_wait_for_a_connection_end_in_time(server, url, short_timeouts):
-    with make_app(url) as application, contextlib.closing(server.connect(database_of(url))) as other:
+    with (
+        make_app(url) as application,
+        contextlib.closing(server.connect(database_of(url))) as other,
+    ):
         fill_table(server, url, 1, application)
         cursor = other.cursor()
         cursor.execute("BEGIN")
@@ -1045,7 +1167,7 @@ def test_close_does_not_wait_for_a_stuck_request(server, url, application):
         assert get(application).status == 200
 
 
-# -- poolers -----------------------------------------------------------------------------------------------------------
+# -- poolers ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["transaction", "session"])
@@ -1068,7 +1190,8 @@ def test_responses_through_a_pooler_are_the_same_as_on_sqlite(pooled_url, expect
 
 
 def test_clients_of_a_pooler_never_execute_statements_of_each_other(pooled_url):
-    """One only reads, the other only deletes a user who does not exist. Each would prepare its statements as _pg3_0."""
+    """One only reads, the other only deletes a user who does not exist. Each would
+    prepare its statements as _pg3_0."""
     with make_app(pooled_url) as reader, make_app(pooled_url) as deleter:
         for number in range(200):
             reader.users.insert("a", "b", f"{number}@x", "x")
@@ -1109,7 +1232,9 @@ def test_six_threads_of_conditional_writes_through_a_pooler_lose_none(pooled_url
                 answer = get(application)
                 number = int(answer.json["last_name"]) if answer.json["last_name"].isdigit() else 0
                 fields = {"last_name": str(number + 1)}
-                changed = put(application, 1, "PATCH", fields, HTTP_IF_MATCH=answer.headers["ETag"])
+                changed = put(
+                    application, 1, "PATCH", fields, HTTP_IF_MATCH=answer.headers["ETag"]
+                )
                 if changed.status == 200:
                     return
                 assert changed.status == 412
@@ -1135,32 +1260,45 @@ class Pgpool(servers.PostgreSQLProtocol):
             "backend_port0": self.server.port, "allow_clear_text_frontend_auth": "on", "num_init_children": 20,
             "pid_file_name": self.folder / "pid", "logdir": self.folder, "sr_check_period": 0,
         }  # fmt: skip
-        self.write("pgpool.conf", "".join(f"{name} = '{value}'\n" for name, value in settings.items()))
+        self.write(
+            "pgpool.conf", "".join(f"{name} = '{value}'\n" for name, value in settings.items())
+        )
         for name in ("pcp.conf", "pool_hba.conf", "pool_passwd"):
             self.write(name, "")
         self.start()
 
     def command(self):
         names = {"-f": "pgpool.conf", "-F": "pcp.conf", "-a": "pool_hba.conf"}
-        return [self.program, "-n", *itertools.chain(*((flag, self.folder / name) for flag, name in names.items()))]
+        return [
+            self.program,
+            "-n",
+            *itertools.chain(*((flag, self.folder / name) for flag, name in names.items())),
+        ]
 
 
-@pytest.mark.skipif(not servers.find_program("pgpool"), reason="not installed (Debian package): pgpool2")
+@pytest.mark.skipif(
+    not servers.find_program("pgpool"), reason="not installed (Debian package): pgpool2"
+)
 @pytest.mark.parametrize("mode", ["streaming_replication", "raw"])
-def test_responses_through_pgpool_are_the_same_and_writes_are_committed(postgresql_server, expected, mode):
+def test_responses_through_pgpool_are_the_same_and_writes_are_committed(
+    postgresql_server, expected, mode
+):
     """In its mode raw, pgpool begins a transaction for a write and does not commit it."""
     with servers.running(Pgpool(postgresql_server, mode)) as pool:
         url = postgresql_server.make_database()
         with make_app(pool.url(database_of(url))) as application, make_app(url) as direct:
             assert post(application).status == 201
             assert get(direct).json == get(application).json
-            assert put(application, 1, "PATCH", {"first_name": "James"}, HTTP_IF_MATCH="*").status == 200
+            assert (
+                put(application, 1, "PATCH", {"first_name": "James"}, HTTP_IF_MATCH="*").status
+                == 200
+            )
             assert get(direct).json["first_name"] == "James"
         with make_app(pool.url(database_of(postgresql_server.make_database()))) as application:
             assert_same(application, expected)
 
 
-# -- TLS ---------------------------------------------------------------------------------------------------------------
+# -- TLS -------------------------------------------------------------------------------
 
 
 def openssl(folder, *arguments):
@@ -1169,14 +1307,28 @@ def openssl(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    """A folder with two authorities, ca.pem and other.pem, and a certificate of the first for 127.0.0.1."""
+    """A folder with two authorities, ca.pem and other.pem, and a certificate of the
+    first for 127.0.0.1."""
     if not servers.find_program("openssl"):
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("certificates")
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     for name in ("ca", "other"):
-        openssl(folder, "req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-    openssl(folder, "req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
+        openssl(
+            folder,
+            "req",
+            "-x509",
+            *key,
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.pem",
+            "-subj",
+            f"/CN={name}",
+        )
+    openssl(
+        folder, "req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server"
+    )
     (folder / "extensions").write_text("subjectAltName = IP:127.0.0.1\n")
     openssl(
         folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
@@ -1201,7 +1353,9 @@ def test_postgresql_is_used_only_with_a_verified_certificate_and_name(certificat
         url = f"{server.make_database()}?sslmode=verify-full&sslrootcert={certificates}"
         with make_app(f"{url}/ca.pem") as application:
             assert post(application).status == 201
-            assert application.users._read("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") == [(True,)]
+            assert application.users._read(
+                "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+            ) == [(True,)]
         with make_app(f"{url}/other.pem") as application:
             assert_unavailable(call(application), "certificate verify failed")
         with make_app(f"{url}/ca.pem".replace("127.0.0.1", "localhost")) as application:
@@ -1222,7 +1376,7 @@ def test_mariadb_is_used_only_with_a_verified_certificate_and_name(certificates)
             assert_unavailable(call(application), "mismatch")
 
 
-# -- copy --------------------------------------------------------------------------------------------------------------
+# -- copy ------------------------------------------------------------------------------
 
 ROWS = 'SELECT id, first_name, last_name, email, CAST(password AS TEXT), created_on FROM "user" ORDER BY id'
 
@@ -1241,8 +1395,14 @@ def filled(path):
     """A file with users who all differ, and whose ids have gaps, also at the end."""
     fill(path, 2500)
     execute(path, 'DELETE FROM "user" WHERE id IN (7, 2499, 2500)')
-    execute(path, "UPDATE \"user\" SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id")
-    execute(path, "UPDATE \"user\" SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8")
+    execute(
+        path,
+        "UPDATE \"user\" SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id",
+    )
+    execute(
+        path,
+        "UPDATE \"user\" SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8",
+    )
     return path
 
 
@@ -1262,14 +1422,25 @@ def test_users_are_copied_to_a_server_and_back_unchanged(filled, url, tmp_path, 
 def test_rows_are_copied_in_batches(filled, url, monkeypatch):
     """Statements for each row would take 15 times as long."""
     batches = []
-    monkeypatch.setattr(profiler_sqlalchemy._Side, "check", lambda side, rows: batches.append(len(rows)))
+    monkeypatch.setattr(
+        profiler_sqlalchemy._Side, "check", lambda side, rows: batches.append(len(rows))
+    )
     assert copy(filled, url) is None
     assert batches == [1000, 1000, 497]
 
 
-def test_users_are_copied_from_server_to_server(filled, postgresql_server, mariadb_server, tmp_path):
-    first, second, third = (server.make_database() for server in (postgresql_server, mariadb_server, postgresql_server))
-    for step in ((filled, first), (first, second), (second, third), (third, tmp_path / "back.sqlite3")):
+def test_users_are_copied_from_server_to_server(
+    filled, postgresql_server, mariadb_server, tmp_path
+):
+    first, second, third = (
+        server.make_database() for server in (postgresql_server, mariadb_server, postgresql_server)
+    )
+    for step in (
+        (filled, first),
+        (first, second),
+        (second, third),
+        (third, tmp_path / "back.sqlite3"),
+    ):
         assert copy(*step) is None
     assert execute(tmp_path / "back.sqlite3", ROWS) == execute(filled, ROWS)
     with make_app(tmp_path / "back.sqlite3") as application:
@@ -1338,7 +1509,9 @@ GOOD = [(i, "a", "b", f"{i}@x", "x", "2026-11-22 10:00:00") for i in range(1, 15
         ((-5, "a", "b", "c@x", "x", "2026-11-22T10:00:00"), "created_on"),
     ],
 )
-def test_user_who_would_be_served_differently_is_named_and_nothing_is_copied(path, url, application, row, named):
+def test_user_who_would_be_served_differently_is_named_and_nothing_is_copied(
+    path, url, application, row, named
+):
     create_foreign(path, [*GOOD, row])
     error = copy(path, url)
     assert re.search(rf"user {row[0]}: .*({named})", error), error
@@ -1363,17 +1536,24 @@ def test_hash_stored_as_blob_still_verifies_after_the_copy(path, url, applicatio
     assert call(application).body == before
     fields = {"email": "a@x", "password": "1234"}
     assert call(application, "POST", "/users/verify/", fields=fields).status == 200
-    assert call(application, "POST", "/users/verify/", fields={**fields, "email": "b@x"}).status == 403
+    assert (
+        call(application, "POST", "/users/verify/", fields={**fields, "email": "b@x"}).status
+        == 403
+    )
 
 
-@pytest.mark.parametrize("created_on", ["infinity", "20000-01-01 00:00:00", "0044-03-15 12:00:00 BC"])
+@pytest.mark.parametrize(
+    "created_on", ["infinity", "20000-01-01 00:00:00", "0044-03-15 12:00:00 BC"]
+)
 def test_time_of_postgresql_is_copied_to_sqlite_and_named_for_mariadb(
     postgresql_server, mariadb_server, tmp_path, created_on
 ):
     url = postgresql_server.make_database()
     with make_app(url) as application:
         fill_table(postgresql_server, url, 3, application)
-        postgresql_server.execute(f"UPDATE \"user\" SET created_on = '{created_on}' WHERE id = 2", database_of(url))
+        postgresql_server.execute(
+            f"UPDATE \"user\" SET created_on = '{created_on}' WHERE id = 2", database_of(url)
+        )
         assert copy(url, tmp_path / "copy.sqlite3") is None
         with make_app(tmp_path / "copy.sqlite3") as sqlite:
             assert call(sqlite).body == call(application).body
@@ -1384,7 +1564,9 @@ def test_table_without_autoincrement_is_copied(path, url, application):
     """Flask-SQLAlchemy creates such tables."""
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(TUTORIAL_SCHEMA.replace("AUTOINCREMENT", ""))
-        connection.execute("INSERT INTO user VALUES (7, 'a', 'b', 'c@d', 'x', '2026-11-22 10:00:00')")
+        connection.execute(
+            "INSERT INTO user VALUES (7, 'a', 'b', 'c@d', 'x', '2026-11-22 10:00:00')"
+        )
     assert copy(path, url) is None
     assert post(application).json == {"id": 8}
 
@@ -1394,7 +1576,10 @@ def test_source_that_changes_during_the_copy_is_not_copied(filled, url, applicat
 
     def copy_slowly(*arguments):
         copied = copy_rows(*arguments)
-        execute(filled, "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c@d', 'x')")
+        execute(
+            filled,
+            "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c@d', 'x')",
+        )
         return copied
 
     monkeypatch.setattr(profiler_sqlalchemy, "_copy_rows", copy_slowly)
@@ -1432,7 +1617,9 @@ def test_server_lost_during_the_copy_is_left_without_users(filled, server, url, 
         ("db.sqlite3", "missing/db.sqlite3", "missing"),
     ],
 )
-def test_failed_copy_is_one_line(source, target, named, mariadb_server, tmp_path, monkeypatch, capsys):
+def test_failed_copy_is_one_line(
+    source, target, named, mariadb_server, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     url = mariadb_server.make_database()
     fill("db.sqlite3", 0)
@@ -1458,8 +1645,17 @@ def test_copy_from_a_database_without_a_table_fails(mariadb_server, tmp_path):
 def test_progress_is_shown_on_a_terminal(filled, mariadb_server):
     main, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "profiler_sqlalchemy", "copy", str(filled), mariadb_server.make_database()]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=terminal) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "profiler_sqlalchemy",
+        "copy",
+        str(filled),
+        mariadb_server.make_database(),
+    ]
+    with subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=terminal
+    ) as process:
         os.close(terminal)
         shown = b""
         with contextlib.suppress(OSError):  # at its end
@@ -1470,7 +1666,7 @@ def test_progress_is_shown_on_a_terminal(filled, mariadb_server):
     assert b"2497/2497" in shown
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------
 
 
 def run_command(folder, *arguments, **environ):
@@ -1481,7 +1677,9 @@ def run_command(folder, *arguments, **environ):
 
 def test_target_of_a_copy_may_be_given_by_the_environment(filled, postgresql_server, tmp_path):
     """There its password is not visible in the list of processes."""
-    output = run_command(tmp_path, "copy", filled, PROFILER_DATABASE=postgresql_server.make_database())
+    output = run_command(
+        tmp_path, "copy", filled, PROFILER_DATABASE=postgresql_server.make_database()
+    )
     assert (output.returncode, output.stderr) == (0, "")
     assert output.stdout.startswith("Copied all users (2497) ")
 
@@ -1524,7 +1722,9 @@ def test_commands_work_on_a_url(url, monkeypatch, capsys):
     with make_app(url) as application:
         assert post(application).status == 201
     assert "its own program" in run("backup", "copy.sqlite3")
-    assert run("initialise-database") == "profiler: the table holds users (1): --force deletes them"
+    assert (
+        run("initialise-database") == "profiler: the table holds users (1): --force deletes them"
+    )
     assert run("initialise-database", "--force") == "Successfully created database schema.\n"
     with make_app(url) as application:
         assert application.users.count() == 0

@@ -35,7 +35,9 @@ EMAIL = "harry@example.com"
 
 
 def verify(application, password="1234", email=EMAIL):
-    return call(application, "POST", "/users/verify/", fields={"email": email, "password": password})
+    return call(
+        application, "POST", "/users/verify/", fields={"email": email, "password": password}
+    )
 
 
 def put(application, **fields):
@@ -47,20 +49,29 @@ HASHING = {
     "create": post,
     "verify": verify,
     "change": lambda application: call(
-        application, "PUT", "/users/1/password/", fields={"old_password": "1234", "new_password": "5678"}
+        application,
+        "PUT",
+        "/users/1/password/",
+        fields={"old_password": "1234", "new_password": "5678"},
     ),
-    "reset": lambda application: call(application, "PUT", "/users/1/password/reset/", fields={"new_password": "5678"}),
+    "reset": lambda application: call(
+        application, "PUT", "/users/1/password/reset/", fields={"new_password": "5678"}
+    ),
 }
 
 
-# -- the list ----------------------------------------------------------------------------------------------------------
+# -- the list --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [profiler.BATCH - 1, profiler.BATCH, profiler.BATCH + 1, 3 * profiler.BATCH])
+@pytest.mark.parametrize(
+    "count", [profiler.BATCH - 1, profiler.BATCH, profiler.BATCH + 1, 3 * profiler.BATCH]
+)
 def test_list_read_in_batches_is_one_json_array(client, path, count):
     fill(path, count)
     assert [user["id"] for user in client.get("/users/").json] == list(range(1, count + 1))
-    assert [user["id"] for user in client.get("/users/?sort=-id").json] == list(range(count, 0, -1))
+    assert [user["id"] for user in client.get("/users/?sort=-id").json] == list(
+        range(count, 0, -1)
+    )
 
 
 def test_list_holds_no_transaction_between_batches(application, path):
@@ -97,7 +108,9 @@ def test_list_is_valid_json_if_its_last_users_are_deleted_while_it_is_sent(appli
     assert len(json.loads(first + b"".join(parts))) == profiler.BATCH
 
 
-def test_list_that_breaks_off_raises_so_that_the_server_resets(application, users, path, monkeypatch):
+def test_list_that_breaks_off_raises_so_that_the_server_resets(
+    application, users, path, monkeypatch
+):
     fill(path, 2 * profiler.BATCH)
     parts = start(application)
     next(parts)
@@ -129,7 +142,7 @@ def test_deep_page_costs_as_much_as_the_first(users, path, monkeypatch, descendi
     assert cost(100 if descending else 2900) <= cost(3001 if descending else 0) + 1
 
 
-# -- rows of other programs --------------------------------------------------------------------------------------------
+# -- rows of other programs ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", ["CAST(X'ff41c3' AS TEXT)", "X'ff41c3'"])
@@ -153,7 +166,10 @@ def test_created_on_is_a_string_even_if_a_number_is_stored(client, path, moment)
 
 @pytest.mark.parametrize("stored", ["NULL", "x'ff'", "''", "17", "'$2b$12$abc'"])
 def test_stored_value_that_is_no_hash_matches_no_password_until_reset(application, path, stored):
-    execute(path, 'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)')
+    execute(
+        path,
+        'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)',
+    )
     execute(path, f"INSERT INTO \"user\" VALUES (1, 'H', 'P', '{EMAIL}', {stored}, '')")
     assert (verify(application).status, HASHING["change"](application).status) == (403, 403)
     assert HASHING["reset"](application).status == 204
@@ -165,7 +181,9 @@ def test_hash_stored_as_a_blob_is_verified_and_can_be_changed(client, path):
     stored = profiler.hash_password("1234", 2).encode()
     execute(path, 'UPDATE "user" SET email = ?, password = ?', (EMAIL, stored))
     client.post_json("/users/verify/", HARRY, status=200)
-    client.put_json("/users/1/password/", {"old_password": "1234", "new_password": "5678"}, status=204)
+    client.put_json(
+        "/users/1/password/", {"old_password": "1234", "new_password": "5678"}, status=204
+    )
     client.post_json("/users/verify/", {**HARRY, "password": "5678"}, status=200)
 
 
@@ -173,7 +191,9 @@ def test_hash_stored_as_a_blob_is_verified_and_can_be_changed(client, path):
 def test_user_with_an_id_below_1_is_listed_and_verified(client, path, user_id):
     fill(path, 1)
     execute(
-        path, 'UPDATE "user" SET id = ?, email = ?, password = ?', (user_id, EMAIL, profiler.hash_password("1234", 2))
+        path,
+        'UPDATE "user" SET id = ?, email = ?, password = ?',
+        (user_id, EMAIL, profiler.hash_password("1234", 2)),
     )
     assert client.post_json("/users/verify/", HARRY, status=200).json == {"id": user_id}
     assert [user["id"] for user in client.get("/users/?limit=1").json] == [user_id]
@@ -187,12 +207,18 @@ def test_unique_index_of_an_operator_is_not_reported_as_a_taken_email(applicatio
         call(application, "POST", fields={**RON, "last_name": "Potter"}),
         put(application, last_name="Potter"),
     ):
-        assert (answer.status, "UNIQUE constraint failed: user.last_name" in answer.errors) == (500, True)
+        assert (answer.status, "UNIQUE constraint failed: user.last_name" in answer.errors) == (
+            500,
+            True,
+        )
 
 
 def test_trigger_of_an_operator_is_not_reported_as_a_taken_email(application, path):
     fill(path, 1)
-    execute(path, "CREATE TRIGGER no BEFORE INSERT ON \"user\" BEGIN SELECT RAISE(ABORT, 'not today'); END")
+    execute(
+        path,
+        "CREATE TRIGGER no BEFORE INSERT ON \"user\" BEGIN SELECT RAISE(ABORT, 'not today'); END",
+    )
     answer = post(application)
     assert (answer.status, "not today" in answer.errors) == (500, True)
 
@@ -203,13 +229,18 @@ def test_used_up_ids_are_reported_as_such(application, path):
     execute(path, 'UPDATE "user" SET id = ?', (profiler.MAX_ID,))
     execute(path, "UPDATE sqlite_sequence SET seq = ?", (profiler.MAX_ID,))
     answer = post(application)
-    assert (answer.status, f"no id is left because {profiler.MAX_ID} was used" in answer.errors) == (503, True)
+    assert (
+        answer.status,
+        f"no id is left because {profiler.MAX_ID} was used" in answer.errors,
+    ) == (503, True)
     assert call(application, path=f"/users/{profiler.MAX_ID}/").status == 200
 
 
 def test_other_errors_are_not_reported_as_used_up_ids(application, path):
     fill(path, 1)
-    execute(path, 'CREATE TRIGGER no BEFORE INSERT ON "user" BEGIN INSERT INTO nowhere VALUES (1); END')
+    execute(
+        path, 'CREATE TRIGGER no BEFORE INSERT ON "user" BEGIN INSERT INTO nowhere VALUES (1); END'
+    )
     answer = post(application)
     assert (answer.status, answer.errors) == (503, "profiler: 503: no such table: main.nowhere\n")
 
@@ -217,22 +248,36 @@ def test_other_errors_are_not_reported_as_used_up_ids(application, path):
 def test_column_added_while_running_is_no_error(application, path):
     assert post(application).status == 201
     execute(path, 'ALTER TABLE "user" ADD COLUMN phone TEXT')
-    assert (call(application, path="/users/1/").status, put(application, last_name="P.").status) == (200, 200)
+    assert (
+        call(application, path="/users/1/").status,
+        put(application, last_name="P.").status,
+    ) == (200, 200)
 
 
 def test_search_works_on_numbers_and_null(client, path):
-    execute(path, 'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)')
-    execute(path, "INSERT INTO \"user\" VALUES (1, 17, NULL, 'a@b', NULL, NULL), (2, 1.5, 8, NULL, '', '')")
-    found = [[user["id"] for user in client.get(f"/users/?q={text}").json] for text in ("7", "1.5", "@", "x")]
+    execute(
+        path,
+        'CREATE TABLE "user" (id INTEGER PRIMARY KEY, first_name, last_name, email, password, created_on)',
+    )
+    execute(
+        path,
+        "INSERT INTO \"user\" VALUES (1, 17, NULL, 'a@b', NULL, NULL), (2, 1.5, 8, NULL, '', '')",
+    )
+    found = [
+        [user["id"] for user in client.get(f"/users/?q={text}").json]
+        for text in ("7", "1.5", "@", "x")
+    ]
     assert found == [[1], [2], [1], []]
 
 
 def test_search_ignores_the_case_of_ascii_letters_only(client, users):
     users.insert("Łukasz", "Żak", EMAIL, "x")
-    assert [len(client.get("/users/", {"q": text}).json) for text in ("ŁUKASZ", "łukasz", "ŻAK")] == [1, 0, 1]
+    assert [
+        len(client.get("/users/", {"q": text}).json) for text in ("ŁUKASZ", "łukasz", "ŻAK")
+    ] == [1, 0, 1]
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------
 
 
 def test_initialise_returns_whether_it_created_the_table(users, path):
@@ -263,7 +308,7 @@ def test_create_if_missing_creates_the_table(users, path):
     assert execute(path, 'SELECT count(*) FROM "user"') == [(0,)]
 
 
-# -- hashing -----------------------------------------------------------------------------------------------------------
+# -- hashing ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,13 +316,24 @@ def hashed(monkeypatch):
     """The arguments of pbkdf2_hmac, for each call."""
     calls = []
     monkeypatch.setattr(
-        profiler, "pbkdf2_hmac", lambda *arguments: calls.append(arguments) or hashlib.pbkdf2_hmac(*arguments)
+        profiler,
+        "pbkdf2_hmac",
+        lambda *arguments: calls.append(arguments) or hashlib.pbkdf2_hmac(*arguments),
     )
     return calls
 
 
 @pytest.mark.parametrize(
-    "stored", [..., "NULL", "''", "'nonsense'", "'$2b$12$abc'", "'pbkdf2:sha256:10000001$salt$00'", "x'00ff'"]
+    "stored",
+    [
+        ...,
+        "NULL",
+        "''",
+        "'nonsense'",
+        "'$2b$12$abc'",
+        "'pbkdf2:sha256:10000001$salt$00'",
+        "x'00ff'",
+    ],
 )
 @pytest.mark.parametrize("path_info", ["/users/verify/", "/users/1/password/"])
 def test_any_check_of_a_password_costs_one_hash(application, path, hashed, stored, path_info):
@@ -290,7 +346,9 @@ def test_any_check_of_a_password_costs_one_hash(application, path, hashed, store
     fields = {"email": EMAIL, "password": "wrong", "old_password": "wrong", "new_password": "5678"}
     method = "POST" if "verify" in path_info else "PUT"
     assert call(application, method, path_info, fields=fields).status == 403
-    assert [(name, iterations) for name, _, _, iterations in hashed] == [("sha256", application.users.iterations)]
+    assert [(name, iterations) for name, _, _, iterations in hashed] == [
+        ("sha256", application.users.iterations)
+    ]
 
 
 def test_check_of_an_unknown_email_costs_the_same_hash(application, hashed):
@@ -298,18 +356,25 @@ def test_check_of_an_unknown_email_costs_the_same_hash(application, hashed):
     hashed.clear()
     for email in (EMAIL, "ron@example.com"):
         assert verify(application, "wrong", email).status == 403
-    [known, unknown] = [(name, password, len(salt), iterations) for name, password, salt, iterations in hashed]
+    [known, unknown] = [
+        (name, password, len(salt), iterations) for name, password, salt, iterations in hashed
+    ]
     assert known == unknown
 
 
 def test_hash_that_cannot_be_verified_is_logged(application, users):
     users.insert("H", "P", EMAIL, "$2b$12$R9h/cIPz0gi.URNNX3kh2OPST9/PgBkqquzi.Ss7KIUgO2t0jWMUW")
     answer = verify(application)
-    assert answer.errors == "profiler: 403: the password hash of user 1 is malformed or cannot be verified here\n"
+    assert (
+        answer.errors
+        == "profiler: 403: the password hash of user 1 is malformed or cannot be verified here\n"
+    )
     assert verify(application, email="ron@example.com").errors == ""
 
 
-def test_scrypt_hash_without_hashlib_scrypt_returns_403_and_is_logged(application, users, hashed, monkeypatch):
+def test_scrypt_hash_without_hashlib_scrypt_returns_403_and_is_logged(
+    application, users, hashed, monkeypatch
+):
     users.insert("H", "P", EMAIL, "scrypt:1024:8:1$salt$" + "0" * 128)
     monkeypatch.delattr(profiler.hashlib, "scrypt")
     answer = verify(application)
@@ -334,7 +399,10 @@ def two_cores(path, monkeypatch):
 def busy_cores(two_cores, slow_hash):
     """Both cores are busy with creating users during the test."""
     with ThreadPoolExecutor(2) as threads:
-        answers = [threads.submit(call, two_cores, "POST", fields={**HARRY, "email": f"{n}@b.c"}) for n in (1, 2)]
+        answers = [
+            threads.submit(call, two_cores, "POST", fields={**HARRY, "email": f"{n}@b.c"})
+            for n in (1, 2)
+        ]
         for _ in answers:
             assert slow_hash.started.acquire(timeout=10)
         yield two_cores
@@ -343,11 +411,17 @@ def busy_cores(two_cores, slow_hash):
 
 
 @pytest.mark.parametrize("name", HASHING)
-def test_request_that_waits_too_long_for_a_core_returns_503(busy_cores, slow_hash, monkeypatch, name):
+def test_request_that_waits_too_long_for_a_core_returns_503(
+    busy_cores, slow_hash, monkeypatch, name
+):
     monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.01)
     busy_cores.users.insert("R", "W", RON["email"], "x")
     answer = HASHING[name](busy_cores)
-    assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (503, "1", 1)
+    assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (
+        503,
+        "1",
+        1,
+    )
 
 
 def test_requests_that_wait_for_a_core_leave_workers_of_the_server_free():
@@ -355,7 +429,8 @@ def test_requests_that_wait_for_a_core_leave_workers_of_the_server_free():
 
 
 def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash, monkeypatch):
-    """Otherwise many logins at once would take all workers of the server, and writes would wait for them."""
+    """Otherwise many logins at once would take all workers of the server, and writes
+    would wait for them."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
     monkeypatch.setattr(profiler, "MAX_WAITING", 1)
     with contextlib.closing(profiler.Users(path, 1)) as users, ThreadPoolExecutor(1) as threads:
@@ -423,7 +498,10 @@ def test_core_is_free_again_after_each_outcome(two_cores, monkeypatch):
 def test_child_forked_while_others_hash_has_its_own_cores(two_cores, slow_hash, monkeypatch):
     monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.05)
     with ThreadPoolExecutor(2) as threads:
-        answers = [threads.submit(call, two_cores, "POST", fields={**HARRY, "email": f"{n}@b.c"}) for n in (1, 2)]
+        answers = [
+            threads.submit(call, two_cores, "POST", fields={**HARRY, "email": f"{n}@b.c"})
+            for n in (1, 2)
+        ]
         for _ in answers:
             assert slow_hash.started.acquire(timeout=10)
 
@@ -445,7 +523,13 @@ def test_child_forked_while_others_hash_has_its_own_cores(two_cores, slow_hash, 
         ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "10000 100000\n"}, 1),
         ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "1600000 100000\n"}, 8),
         ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
-        ({"/proc/self/cgroup": "0::/a.service\n", "/sys/fs/cgroup/a.service/cpu.max": "100000 100000\n"}, 1),
+        (
+            {
+                "/proc/self/cgroup": "0::/a.service\n",
+                "/sys/fs/cgroup/a.service/cpu.max": "100000 100000\n",
+            },
+            1,
+        ),
         ({"/proc/self/cgroup": "4:cpu:/docker/1\n"}, 8),
     ],
 )
@@ -460,10 +544,12 @@ def test_cores_are_limited_by_the_cpu_quota(monkeypatch, files, expected):
     assert profiler.count_cores() == expected
 
 
-# -- rate limit --------------------------------------------------------------------------------------------------------
+# -- rate limit ------------------------------------------------------------------------
 
 
-def test_accounts_beyond_the_limit_are_forgotten_least_recently_used_first(application, monkeypatch):
+def test_accounts_beyond_the_limit_are_forgotten_least_recently_used_first(
+    application, monkeypatch
+):
     monkeypatch.setattr(profiler, "MAX_TRACKED", 2)
     monkeypatch.setattr(profiler, "MAX_FAILURES", 2)
 
@@ -506,7 +592,7 @@ def test_each_process_counts_for_itself(application):
     assert in_a_fork(lambda: verify(application).status == 200)
 
 
-# -- lifetime ----------------------------------------------------------------------------------------------------------
+# -- lifetime --------------------------------------------------------------------------
 
 
 def test_discarded_applications_leave_nothing_behind(tmp_path):
@@ -523,7 +609,9 @@ def test_discarded_applications_leave_nothing_behind(tmp_path):
 
 
 def test_creating_applications_registers_no_fork_hooks(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "register_at_fork", lambda **_: pytest.fail("registered"), raising=False)
+    monkeypatch.setattr(
+        os, "register_at_fork", lambda **_: pytest.fail("registered"), raising=False
+    )
     with contextlib.closing(profiler.create_app(tmp_path / "db.sqlite3")) as application:
         assert call(application).status == 200
 
