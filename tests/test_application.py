@@ -286,7 +286,11 @@ def test_child_uses_the_application_of_its_parent(default):
 @pytest.mark.parametrize("name", ["sqlite3", "hashlib", "wsgiref.simple_server"])
 def test_incomplete_python_is_reported_in_one_line(tmp_path, name):
     """Debian's python3-minimal, and Python built without SQLite."""
-    program = f"import sys; sys.modules[{name!r}] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
+    program = (
+        f"import sys; sys.modules[{name!r}] = None\n"
+        "try: import profiler\n"
+        "except ImportError as error: print(error)"
+    )
     output = run_program(program, tmp_path)
     assert output.stdout.count("\n") == 1, output.stderr
     assert name in output.stdout

@@ -609,7 +609,7 @@ def test_python_without_sqlite_or_openssl_is_one_line(tmp_path, preparation):
 
 def test_importing_without_sqlite_raises_import_error(tmp_path):
     copy_module(tmp_path)
-    program = "import sys; sys.modules['sqlite3'] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
+    program = f"{WITHOUT_SQLITE}\ntry: import profiler\nexcept ImportError as error: print(error)"
     output = run_program(program, tmp_path)
     assert "python3-minimal" in output.stdout
     assert output.stderr == ""

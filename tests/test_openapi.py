@@ -158,9 +158,8 @@ def test_headers_of_every_response_are_documented(application):
 
 
 def compile_pattern(schema):
-    return re.compile(
-        schema["pattern"].removesuffix("$") + r"\Z"
-    )  # in Python, $ also matches before a newline
+    """Return the pattern of a schema. In Python, $ also matches before a newline."""
+    return re.compile(schema["pattern"].removesuffix("$") + r"\Z")
 
 
 # White space, controls, format characters, and those that are invisible for other
@@ -195,9 +194,8 @@ def test_patterns_accept_what_the_module_accepts(application, name, schema, form
     for character in {*STRANGE, *NEIGHBOURS, "@", "a", "\u00df", "\U0001f9d9"}:
         value = form.format(character)
         answer = call(application, method, path, fields={name: value})
-        assert answer.status in (400, 404), (
-            answer
-        )  # the body is validated before the user is looked up
+        # The body is validated before the user is looked up.
+        assert answer.status in (400, 404), answer
         assert (answer.status == 404) == bool(pattern.search(value)), (value, answer)
 
 

@@ -18,7 +18,13 @@ def status_of(head):
 
 def test_head_becomes_a_wsgi_environ():
     """PEP 3333."""
-    head = b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\nHost: localhost:80\r\nX-Two: a\r\nx-two:\tb \r\nContent-Length: 2\r\n\r\n"
+    head = (
+        b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\n"
+        b"Host: localhost:80\r\n"
+        b"X-Two: a\r\n"
+        b"x-two:\tb \r\n"
+        b"Content-Length: 2\r\n\r\n"
+    )
     assert profiler.parse_head(head) == {
         "REQUEST_METHOD": "PUT",
         "PATH_INFO": "/users/1/",
