@@ -163,7 +163,7 @@ def test_body_that_is_no_json_object_returns_400_with_the_reason(application, bo
 @pytest.mark.parametrize(
     "value", ["NaN", "-Infinity", "1", "1" * 10_000, "true", "null", "[]", "{}"]
 )
-def test_field_that_is_no_string_returns_400_naming_it(application, value):
+def test_json_value_that_is_no_string_returns_400_naming_the_field(application, value):
     assert post(application).status == 201
     answer = call(
         application,
