@@ -687,7 +687,7 @@ def find_variables(text):
 
 
 def table(page, first):
-    """Return the rows of a page that begin with this pattern: from the first cell to the others."""
+    """Return the other cells of each row whose first cell begins with this pattern."""
     lines = re.findall(rf"^\| {first}.* \|$", page, re.MULTILINE)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(rows) > 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import types
 
 import pytest
 
@@ -32,6 +34,22 @@ BASE64, LONG_BASE64 = "A" * 43, "A" * 86
 def test_known_answers_of_rfc_7914(password_hash, password):
     assert profiler.verify_password(password_hash, password) is True
     assert profiler.verify_password(password_hash, password + "x") is False
+
+
+@pytest.mark.parametrize(
+    ("password_hash", "password"), [(PBKDF2, "passwd"), (SCRYPT, "pleaseletmein")]
+)
+def test_digests_are_compared_in_constant_time(monkeypatch, password_hash, password):
+    compared = []
+
+    def compare_digest(a, b):
+        compared.append((a, b))
+        return hmac.compare_digest(a, b)
+
+    monkeypatch.setattr(profiler, "hmac", types.SimpleNamespace(compare_digest=compare_digest))
+    assert profiler.verify_password(password_hash, password)
+    [digests] = compared
+    assert [digest.hex() for digest in digests] == [password_hash.split("$")[2]] * 2
 
 
 def test_passlib_hash_without_salt():
