@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 import urllib.request
 from urllib.error import HTTPError
 
@@ -311,6 +313,14 @@ def test_python_in_the_readme_runs(tmp_path):
     [example] = blocks(README, "python")
     output = run_program(f"{example}\nassert application.users.count() == 0", tmp_path)
     assert (output.returncode, output.stderr) == (0, "")
+
+
+def test_commands_for_postman_use_the_files_of_the_commands_before():
+    [script] = [block for block in blocks(API, "sh") if "newman" in block]
+    [(downloaded, source, written, run)] = re.findall(
+        r"/([\w.]+)\n.* -s ([\w.]+) -o ([\w.]+) .*\n.* run ([\w.]+) ", script
+    )
+    assert (source, run) == (downloaded, written)
 
 
 def test_generated_client_calls_operations_of_the_document():
@@ -828,6 +838,14 @@ def test_quoted_messages_are_in_the_module():
         quoted += re.findall("`([A-Z][a-z]+ [^`]*)`", plain(text))
     assert len(quoted) >= 5
     assert set(quoted) <= strings
+
+
+@pytest.mark.parametrize("password", ["e\u0301", "\u212b", "\ufb01", "x\u00b2"])
+def test_passwords_are_normalised_as_documented(password):
+    [form] = re.findall(r"normalised to (NF\w+)", plain(API))
+    _, salt, digest = profiler.hash_password(password, 1).split("$")
+    normalised = unicodedata.normalize(form, password).encode()
+    assert hashlib.pbkdf2_hmac("sha256", normalised, salt.encode(), 1).hex() == digest
 
 
 def test_documented_formats_of_hashes_can_be_imported(application):
