@@ -312,7 +312,7 @@ def test_python_on_a_page_is_valid(name):
 
 def test_python_in_the_readme_runs(tmp_path):
     [example] = blocks(README, "python")
-    output = run_program(f"{example}\nassert application.users.count() == 0", tmp_path)
+    output = run_program(f"{example}\nassert application.users.count() == 1", tmp_path)
     assert (output.returncode, output.stderr) == (0, "")
 
 

@@ -133,6 +133,7 @@ def test_limits_are_those_of_the_module():
     query = PARAMETERS["Q"]["schema"]
     assert SCHEMAS["Name"]["maxLength"] == query["maxLength"] == profiler.MAX_NAME
     assert SCHEMAS["Email"]["maxLength"] == profiler.MAX_EMAIL
+    assert SCHEMAS["Password"]["maxLength"] == profiler.MAX_PASSWORD
     assert SCHEMAS["Id"]["maximum"] == PARAMETERS["After"]["schema"]["maximum"] == profiler.MAX_ID
     assert PARAMETERS["Limit"]["schema"]["maximum"] == profiler.MAX_LIMIT
     assert f"pages of {profiler.BATCH} " in PARAMETERS["Limit"]["description"]
@@ -181,31 +182,48 @@ NEIGHBOURS = {
 PROFILE = {"first_name": "a", "last_name": "b", "email": "a@b"}
 
 
+# Fields of requests about a user who does not exist: the operation, the field's name, other
+# fields, and the status if the value is valid.
+FIELDS = [
+    ("patchUser", "first_name", {}, 404),
+    ("patchUser", "email", {}, 404),
+    ("resetPassword", "new_password", {}, 404),
+    ("changePassword", "old_password", {"new_password": "1234"}, 404),
+    ("verifyUser", "email", {"password": "1234"}, 403),
+    ("verifyUser", "password", {"email": "nobody@example.com"}, 403),
+]
+
+
 @pytest.mark.parametrize(
     "form", ["{}", "a{}", "{}a", "a{}@b", "a@b{}", "@{}", "{0}@{0}", "a@{}@b"]
 )
-@pytest.mark.parametrize(
-    ("name", "schema"), [("first_name", "Name"), ("email", "Email"), ("new_password", "Password")]
-)
-def test_patterns_accept_what_the_module_accepts(application, name, schema, form):
-    pattern = compile_pattern(SCHEMAS[schema])
-    method, path = (
-        ("PUT", "/users/1/password/reset/") if name == "new_password" else ("PATCH", "/users/1/")
-    )
+@pytest.mark.parametrize(("operation_id", "name", "others", "status"), FIELDS)
+def test_patterns_accept_what_the_module_accepts(
+    application, monkeypatch, operation_id, name, others, status, form
+):
+    monkeypatch.setattr(profiler, "MAX_FAILURES", 1_000_000)
+    [(path, method, operation)] = [
+        each[:3] for each in operations() if each[2]["operationId"] == operation_id
+    ]
+    body = resolve(operation["requestBody"]["content"]["application/json"]["schema"])
+    pattern = compile_pattern(resolve(body["properties"][name]))
     for character in {*STRANGE, *NEIGHBOURS, "@", "a", "\u00df", "\U0001f9d9"}:
         value = form.format(character)
-        answer = call(application, method, path, fields={name: value})
-        # The body is validated before the user is looked up.
-        assert answer.status in (400, 404), answer
-        assert (answer.status == 404) == bool(pattern.search(value)), (value, answer)
+        path = path.replace("{id}", "1")
+        answer = call(application, method, path, fields={**others, name: value})
+        assert answer.status in (400, status), answer
+        assert (answer.status == status) == bool(pattern.search(value)), (value, answer)
 
 
 @pytest.mark.parametrize("form", ["{}", "a{}", "{0}{0}"])
-def test_pattern_of_q_accepts_what_the_module_accepts(application, form):
-    pattern = compile_pattern(PARAMETERS["Q"]["schema"])
+@pytest.mark.parametrize("name", ["Q", "EmailQuery"])
+def test_patterns_of_parameters_accept_what_the_module_accepts(application, name, form):
+    parameter = PARAMETERS[name]
+    pattern = compile_pattern(parameter["schema"])
     for text in ["", *{*STRANGE, *NEIGHBOURS, "a", "%", "_"}]:
         value = form.format(text)
-        answer = call(application, QUERY_STRING="q=" + urllib.parse.quote(value))
+        query = f"{parameter['name']}={urllib.parse.quote(value)}"
+        answer = call(application, QUERY_STRING=query)
         assert (answer.status == 200) == bool(pattern.search(value)), (value, answer)
 
 
@@ -278,17 +296,23 @@ def test_a_new_user_has_a_password_or_a_hash_but_not_both(application):
 
 
 @pytest.mark.parametrize(
-    ("name", "schema", "value"),
-    [("last_name", "Name", "{}"), ("email", "Email", "{}@example.com")],
+    ("method", "path_info", "name", "schema", "value"),
+    [
+        ("PATCH", "/users/1/", "last_name", "Name", "{}"),
+        ("PATCH", "/users/1/", "email", "Email", "{}@example.com"),
+        ("PUT", "/users/1/password/reset/", "new_password", "Password", "{}"),
+    ],
 )
-def test_maximum_lengths_are_those_of_the_module(application, name, schema, value):
+def test_maximum_lengths_are_those_of_the_module(
+    application, method, path_info, name, schema, value
+):
     for length, status in (
         (SCHEMAS[schema]["maxLength"], 404),
         (SCHEMAS[schema]["maxLength"] + 1, 400),
     ):
         text = value.format("x" * (length - len(value) + 2))
         assert len(text) == length
-        assert call(application, "PATCH", "/users/1/", fields={name: text}).status == status
+        assert call(application, method, path_info, fields={name: text}).status == status
 
 
 @pytest.mark.parametrize("name", ["Limit", "After"])
