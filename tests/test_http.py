@@ -1,4 +1,4 @@
-"""Tests of the section *HTTP*: bodies, fields, query parameters and preconditions."""
+"""Tests of the section *HTTP*, and of fields: bodies, query parameters, preconditions."""
 
 from __future__ import annotations
 
@@ -327,6 +327,45 @@ def test_invisible_character_in_an_email_returns_400(application, character, ema
             application, method, path_info, fields={**HARRY, "email": email.format(character)}
         )
         assert (answer.status, answer.error.startswith("email must")) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("first_name", None, "must be a string"),
+        ("last_name", "a\n", "must not contain control characters"),
+        ("email", "harry", "must be an address"),
+        ("password", "\ud800", "must not contain a lone surrogate"),
+        ("password", " ", "must not be blank"),
+        ("password", "x" * 1025, "must have at most 1024 characters"),
+    ],
+)
+def test_invalid_field_is_refused_without_http(accounts, name, value, problem):
+    with pytest.raises(profiler.InvalidField, match=f"^{name} {problem}"):
+        accounts.create(**{**HARRY, name: value})
+    assert accounts.users.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("import_user", ("H", "P", "h@example.com", "1234"), "password_hash must be a PBKDF2"),
+        ("update", (1, {"first_name": ""}), "first_name must not be blank"),
+        ("update", (1, {"id": 7}), "id must be one of first_name, last_name, email"),
+        ("verify", ("harry@example.com", None), "password must be a string"),
+        ("verify", ("\0", "1234"), "email must not contain control characters"),
+        ("change_password", (1, 1234, "5678"), "old_password must be a string"),
+        ("change_password", (1, "1234", ""), "new_password must not be blank"),
+        ("reset_password", (1, "a\0"), "new_password must not contain the NUL character"),
+    ],
+)
+def test_each_rule_of_accounts_checks_its_fields(accounts, method, arguments, message):
+    assert accounts.create(**HARRY) == 1
+    user, password_hash = accounts.users.get(1), accounts.users.get_password_hash(1)
+    with pytest.raises(profiler.InvalidField, match=f"^{message}"):
+        getattr(accounts, method)(*arguments)
+    assert accounts.users.count() == 1
+    assert (accounts.users.get(1), accounts.users.get_password_hash(1)) == (user, password_hash)
 
 
 # -- preconditions ---------------------------------------------------------------------
