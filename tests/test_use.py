@@ -3,13 +3,16 @@ the page says, and used as a browser would."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import email
 import email.policy
 import http.cookiejar
+import http.server
 import importlib.util
 import json
 import os
+import pathlib
 import queue
 import re
 import shutil
@@ -18,13 +21,16 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from conftest import HERE, TOKEN, until
+from conftest import HERE, TOKEN, call, copy_module, execute, until
+
+import profiler
 
 PAGE = (HERE / "docs/use.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -87,7 +93,7 @@ def running(command, folder, port, **environ):
     environ = {
         **os.environ,
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{folder}:{HERE}",
+        "PYTHONPATH": f"{folder}:{os.environ.get('SHIM', HERE)}",
         "PROFILER_ITERATIONS": "1",
         "no_proxy": "*",
         **environ,
@@ -354,33 +360,65 @@ def end_story(browser, harry):
     assert other.get("/me") == 200
 
 
+@needs("bash", "flask")
+def test_flask_in_the_same_process(tmp_path, mailbox):
+    files, command = ("website.py", "mail.py"), "flask --app website "
+    with application(tmp_path, files, command, urlencode, mailbox) as browser:
+        follow_story(browser, mailbox)
+        harry = log_in(browser, "battery staple")
+        (tmp_path / "accounts.sqlite3").rename(tmp_path / "moved")
+        assert harry.post("/signup", **{**HARRY, "email": "ron@example.com"}) == 503
+        (tmp_path / "moved").rename(tmp_path / "accounts.sqlite3")
+        end_story(browser, harry)
+
+
 # -- Django ----------------------------------------------------------------------------
 
 DJANGO = ("accounts.py", "backend.py", "accountforms.py", "mysite/urls.py")
 TEMPLATE = "templates/registration/login.html"
 
 
-@pytest.fixture
-def site(tmp_path, service, mailbox):
-    """A project of Django, made as the page says. Return a function that returns a new
-    browser."""
-    port = free_port()
-    settings = tmp_path / "mysite/settings.py"
-    environ = {
-        "PROFILER_URL": service.url,
+def django_environment(folder, url="http://127.0.0.1:9", mail_port=9):
+    return {
+        **os.environ,
+        "PROFILER_URL": url,
         "PROFILER_TOKEN": TOKEN,
         "SECRET_KEY": "secret",
-        "MAIL_HOST": f"127.0.0.1:{mailbox.server_address[1]}",
+        "MAIL_HOST": f"127.0.0.1:{mail_port}",
         "MAIL_FROM": "accounts@example.com",
+        "PYTHONPATH": str(folder),
+        "no_proxy": "*",
     }
-    run = [sys.executable, "-m", "django"]
-    words = find_command("django-admin startproject").split()[1:]
-    subprocess.run([*run, *words], cwd=tmp_path, check=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with a project of Django, made as the page says."""
+    folder = tmp_path_factory.mktemp("project")
+    settings = folder / "mysite/settings.py"
+
+    def run(start):
+        module = {"django-admin": ["-m", "django"], "python": []}
+        program, *words = find_command(start).split()
+        command = [sys.executable, *module[program], *words]
+        subprocess.run(command, cwd=folder, env=django_environment(folder), check=True)
+
+    run("django-admin startproject")
     created = settings.read_text()
-    write(tmp_path, *DJANGO, TEMPLATE, "mysite/settings.py")
+    write(folder, *DJANGO, TEMPLATE, "mysite/settings.py")
     settings.write_text(created + settings.read_text())
-    migrate, serve = map(find_command, ("python manage.py migrate", "python manage.py runserver"))
-    command = f"{migrate} && exec {serve} --noreload"
+    run("python manage.py migrate")
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path, project, service, mailbox):
+    """Serve a copy of the project. Return a function that returns a new browser."""
+    port = free_port()
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    environ = django_environment(tmp_path, service.url, mailbox.server_address[1])
+    environ.pop("PATH")
+    command = find_command("python manage.py runserver") + " --noreload"
     with running(command, tmp_path, port, **environ):
         yield lambda: Browser(port)
 
@@ -390,7 +428,7 @@ def fill(browser, path, **fields):
     that follows, and its text."""
     text = browser.request(path)[2]
     fields["csrfmiddlewaretoken"] = re.search('csrfmiddlewaretoken" value="(.*?)"', text)[1]
-    _, headers, text = browser.request(path, fields)
+    text = browser.request(path, fields)[2]
     return browser.path, text
 
 
@@ -443,7 +481,9 @@ def test_django(site, service, mailbox):
         django_log_in(site, "guess", problem)
     django_log_in(site, "correct horse", "Too many wrong passwords")
     fill(site(), "/password_reset/", email=HARRY["email"])
-    link = re.search(r"http://[^/]+(/reset/\S+)", mailbox.messages.get(timeout=10).get_content())[1]
+    link = re.search(r"http://[^/]+(/reset/\S+)", mailbox.messages.get(timeout=10).get_content())[
+        1
+    ]
     first.request(link)
     fill(first, first.path, **new_passwords("battery staple"))
 
@@ -460,6 +500,284 @@ def test_django(site, service, mailbox):
     assert fill(harry, "/delete/") == ("/", '{"username": ""}')
     assert not is_logged_in(other)
     django_log_in(site, "battery staple", problem)
+
+
+@needs("bash", "django", "requests")
+def test_django_forgets_users_who_are_gone_after_a_restore(tmp_path, service, site):
+    def count():
+        return execute(tmp_path / "db.sqlite3", "SELECT count(*) FROM auth_user")[0][0]
+
+    fill(site(), "/signup/", **HARRY)
+    service.stop()
+    shutil.copy(tmp_path / "service.sqlite3", tmp_path / "backup.sqlite3")
+    service.start(TOKEN)
+    ginny = site()
+    fill(ginny, "/signup/", **{**HARRY, "email": "ginny@example.com"})
+    service.stop()
+    shutil.copy(tmp_path / "backup.sqlite3", tmp_path / "service.sqlite3")
+    service.start(TOKEN)
+    assert (count(), is_logged_in(ginny)) == (2, True)
+    write(tmp_path, "forget.py")
+    assert "`python manage.py shell < forget.py`" in PAGE
+    with open(tmp_path / "forget.py") as file:
+        subprocess.run(
+            [sys.executable, "manage.py", "shell"],
+            cwd=tmp_path,
+            env=django_environment(tmp_path, service.url),
+            stdin=file,
+            check=True,
+        )
+    assert (count(), is_logged_in(ginny)) == (1, False)
+
+
+# -- in front of a website -------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """The module basic.py, on a database with one user."""
+    monkeypatch.setenv("PROFILER_DATABASE", str(tmp_path / "db.sqlite3"))
+    monkeypatch.setenv("PROFILER_ITERATIONS", "1")
+    write(tmp_path, "basic.py")
+    spec = importlib.util.spec_from_file_location("basic", tmp_path / "basic.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.closing(module.accounts.users):
+        module.accounts.create(**HARRY)
+        yield module
+
+
+def authorization(email, password):
+    return "Basic " + base64.b64encode(f"{email}:{password}".encode()).decode()
+
+
+def ask_adapter(adapter, **environ):
+    answer = call(adapter.application, path="/", **environ)
+    return answer.status, answer.headers.get("X-User-Id")
+
+
+def test_adapter_answers_401_403_and_the_id(adapter):
+    right = authorization(HARRY["email"], HARRY["password"])
+    wrong = authorization(HARRY["email"], "guess")
+    assert ask_adapter(adapter) == (401, None)
+    for header in ("Basic", "Basic !", "Basic /w==", "Bearer " + right.split()[1]):
+        assert ask_adapter(adapter, HTTP_AUTHORIZATION=header) == (401, None)
+    assert ask_adapter(adapter, HTTP_AUTHORIZATION=wrong) == (401, None)
+    assert ask_adapter(adapter, HTTP_AUTHORIZATION=right) == (200, "1")
+    for _ in range(10):
+        assert ask_adapter(adapter, HTTP_AUTHORIZATION=wrong) == (401, None)
+    assert ask_adapter(adapter, HTTP_AUTHORIZATION=wrong) == (403, None)
+    # A browser that has logged in goes on.
+    assert ask_adapter(adapter, HTTP_AUTHORIZATION=right) == (200, "1")
+
+
+def test_adapter_hashes_once_a_minute_for_concurrent_requests(adapter, advance, monkeypatch):
+    hashes, verify = [], adapter.accounts.verify
+    monkeypatch.setattr(
+        adapter.accounts, "verify", lambda *login: hashes.append(login) or verify(*login)
+    )
+    threads = [
+        threading.Thread(target=adapter.verify, args=[HARRY["email"], HARRY["password"]])
+        for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hashes) == 1
+    adapter.accounts.reset_password(1, "battery staple")
+    assert adapter.verify(HARRY["email"], HARRY["password"]) == 1
+    advance(61)
+    with pytest.raises(profiler.WrongPassword):
+        adapter.verify(HARRY["email"], HARRY["password"])
+
+
+class Website(http.server.BaseHTTPRequestHandler):
+    """Answer with the id of the user that the proxy sends."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(self.headers.get_all("X-User-Id")).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def website():
+    """The port of a website without a login of its own."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def gunicorn(tmp_path, adapter):
+    """The port of the adapter."""
+    port = free_port()
+    command = find_command("gunicorn ").replace("5020", str(port))
+    with running(command, tmp_path, port, PROFILER_DATABASE=str(tmp_path / "db.sqlite3")):
+        yield port
+
+
+NGINX = """
+pid {folder}/pid; error_log {folder}/error.log; daemon off; events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    server {{ listen 127.0.0.1:8000; {example} }}
+}}
+"""
+CADDY = """
+{{
+    admin off
+}}
+http://127.0.0.1:8000 {{
+    bind 127.0.0.1
+    {example}
+}}
+"""
+PROXIES = {
+    "nginx": pytest.param("nginx.conf", NGINX, "nginx -c $PWD/nginx.conf", marks=needs("nginx")),
+    "caddy": pytest.param(
+        "Caddyfile",
+        CADDY,
+        "caddy run --adapter caddyfile --config Caddyfile",
+        marks=needs("caddy"),
+    ),
+}
+
+
+@needs("bash", "gunicorn")
+@pytest.mark.parametrize(("name", "frame", "command"), PROXIES.values(), ids=PROXIES)
+def test_proxy_asks_for_a_password(tmp_path, gunicorn, website, name, frame, command):
+    port = free_port()
+    write(tmp_path, name, **{"5020": gunicorn, "8080": website})
+    path = tmp_path / name
+    path.write_text(
+        frame.format(folder=tmp_path, example=path.read_text()).replace("8000", str(port))
+    )
+    right = authorization(HARRY["email"], HARRY["password"])
+    wrong = authorization(HARRY["email"], "guess")
+    with running(command, tmp_path, port, HOME=str(tmp_path)):
+        browser, forged = Browser(port), {"X-User-Id": "999"}
+        status, headers, _ = browser.request("/", **forged)
+        assert (status, headers["WWW-Authenticate"]) == (401, 'Basic realm="accounts"')
+        assert browser.get("/", Authorization=wrong, **forged) == 401
+        status, _, text = browser.request("/image.png?size=1", Authorization=right, **forged)
+        assert (status, text) == (200, "['1']")
+        assert browser.post("/", field="x") == 401
+        for _ in range(10):
+            browser.get("/", Authorization=wrong)
+        assert browser.get("/", Authorization=wrong) == 403
+
+
+APACHE = """
+ServerRoot {folder}
+ServerName localhost
+PidFile {folder}/pid
+ErrorLog {folder}/error.log
+DocumentRoot {folder}/html
+Listen 127.0.0.1:{port}
+User www-data
+Group www-data
+{modules}
+{example}
+"""
+MODULES = "mpm_event authn_core authz_core authz_user auth_basic wsgi"
+
+
+@needs("bash", "apache2")
+@pytest.mark.skipif(
+    not os.path.exists("/usr/lib/apache2/modules/mod_wsgi.so"),
+    reason="not installed: libapache2-mod-wsgi-py3",
+)
+def test_apache_asks_for_a_password(adapter):
+    # Apache's own user must reach the files, which pytest's folder does not allow.
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = pathlib.Path(name), free_port()
+        copy_module(folder)
+        write(folder, "basic.py", "apache_auth.py", "apache.conf", **{"/opt/profiler": folder})
+        (folder / "html").mkdir()
+        (folder / "html/page").write_text("hello")
+        modules = [
+            f"LoadModule {module}_module /usr/lib/apache2/modules/mod_{module}.so"
+            for module in MODULES.split()
+        ]
+        config = folder / "apache.conf"
+        config.write_text(
+            APACHE.format(
+                folder=folder,
+                port=port,
+                modules="\n".join(modules),
+                example=config.read_text(),
+            )
+        )
+        database = folder / "db.sqlite3"
+        adapter.accounts.users.backup(database)
+        if os.getuid() == 0:
+            for path in (folder, database):
+                shutil.chown(path, "www-data", "www-data")
+        command = f"exec apache2 -f {config} -X"
+        with running(command, folder, port, PROFILER_DATABASE=str(database)) as log:
+            browser = Browser(port)
+            wrong = authorization(HARRY["email"], "guess")
+            assert browser.get("/page") == 401
+            assert browser.get("/page", Authorization=wrong) == 401, log.read_text()
+            right = authorization(HARRY["email"], HARRY["password"])
+            assert browser.get("/page", Authorization=right) == 200, log.read_text()
+
+
+# -- tests of an application, and other languages --------------------------------------
+
+
+@needs("flask", "requests")
+def test_fixture_starts_the_service_for_tests_of_an_application(tmp_path):
+    write(tmp_path, "conftest.py", "test_app.py", "app.py", *SHARED)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE}", "no_proxy": "*"}
+    output = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert "2 passed" in output.stdout, output.stdout
+
+
+LANGUAGES = {
+    "go": pytest.param("verify.go", "go run verify.go", marks=needs("go")),
+    "java": pytest.param("Verify.java", "java Verify.java", marks=needs("javac")),
+    "php": pytest.param("verify.php", "php verify.php", marks=needs("php")),
+}
+
+
+@pytest.mark.parametrize(("name", "command"), LANGUAGES.values(), ids=LANGUAGES)
+def test_program_verifies_a_password(tmp_path, service, name, command):
+    assert f"`{command}`" in PAGE
+    fields, headers = {**PROFILE, "password": "1234"}, {"Authorization": f"Bearer {TOKEN}"}
+    assert Browser(service.port, json.dumps).request("/users/", fields, **headers)[0] == 201
+    environ = {**os.environ, "PROFILER_URL": service.url, "no_proxy": "*"}
+    environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"  # for a faster start
+    programs = []
+    for password, token in (("1234", TOKEN), ("guess", TOKEN), ("1234", NEW_TOKEN)):
+        folder = tmp_path / str(len(programs))
+        folder.mkdir()
+        write(folder, name, **{'"1234"': f'"{password}"'})
+        program = subprocess.Popen(
+            command.split(),
+            cwd=folder,
+            env={**environ, "PROFILER_TOKEN": token},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        programs.append(program)
+    right, wrong, refused = [(*program.communicate(), program.returncode) for program in programs]
+    assert (right[0], right[2]) == ("1\n", 0), right[1]
+    assert (wrong[0], wrong[2]) == ("0\n", 0), wrong[1]
+    assert refused[0] != "0\n"
+    assert refused[2] != 0
 
 
 # -- the page --------------------------------------------------------------------------
