@@ -10,6 +10,7 @@ import email.policy
 import http.cookiejar
 import http.server
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -24,11 +25,12 @@ import sys
 import tempfile
 import threading
 import urllib.request
+from unittest import mock
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from conftest import HERE, TOKEN, call, copy_module, execute, until
+from conftest import HERE, TOKEN, call, copy_module, execute, run_program, until
 
 import profiler
 
@@ -262,7 +264,7 @@ APPLICATIONS = {
 
 
 @contextlib.contextmanager
-def application(folder, files, command, encode, mailbox, **environ):
+def serving(folder, files, command, encode, mailbox, **environ):
     """Start an application. Return a function that returns a new browser."""
     port = free_port()
     write(folder, *files, **{"8000": port})
@@ -283,7 +285,7 @@ def application(folder, files, command, encode, mailbox, **environ):
 @pytest.mark.parametrize(("files", "command", "encode"), APPLICATIONS.values(), ids=APPLICATIONS)
 def test_application_over_http(tmp_path, service, mailbox, files, command, encode):
     environ = {"PROFILER_URL": service.url, "PROFILER_TOKEN": TOKEN}
-    with application(tmp_path, files, command, encode, mailbox, **environ) as browser:
+    with serving(tmp_path, files, command, encode, mailbox, **environ) as browser:
         follow_story(browser, mailbox)
         harry = log_in(browser, "battery staple")
         service.start(TOKEN, NEW_TOKEN)
@@ -363,7 +365,7 @@ def end_story(browser, harry):
 @needs("bash", "flask")
 def test_flask_in_the_same_process(tmp_path, mailbox):
     files, command = ("website.py", "mail.py"), "flask --app website "
-    with application(tmp_path, files, command, urlencode, mailbox) as browser:
+    with serving(tmp_path, files, command, urlencode, mailbox) as browser:
         follow_story(browser, mailbox)
         harry = log_in(browser, "battery staple")
         (tmp_path / "accounts.sqlite3").rename(tmp_path / "moved")
@@ -528,6 +530,48 @@ def test_django_forgets_users_who_are_gone_after_a_restore(tmp_path, service, si
             check=True,
         )
     assert (count(), is_logged_in(ginny)) == (1, False)
+
+
+# -- Python ----------------------------------------------------------------------------
+
+PYTHON = PAGE.partition("## From Python")[2].partition("\n## ")[0]
+CALLS = re.findall(
+    r"^\| `accounts\.((?:users\.)?\w+)\((.*)\)` \| .* \| (.*)\|$", PYTHON, re.MULTILINE
+)
+
+
+def test_example_in_python_runs(tmp_path):
+    output = run_program(FILES["accounts_example.py"], tmp_path, PROFILER_ITERATIONS="1")
+    assert (output.returncode, output.stderr) == (0, "")
+
+
+def test_calls_in_python_are_those_of_the_module():
+    for name, parameters, _ in CALLS:
+        owner = profiler.Users if name.startswith("users.") else profiler.Accounts
+        signature = inspect.signature(getattr(owner, name.removeprefix("users.")))
+        names = [name for name in signature.parameters if name not in ("self", "guard")]
+        assert parameters == ", ".join(names)
+
+
+def test_exceptions_of_accounts_are_documented():
+    raised = {name: set(re.findall(r"`(\w+)`", raises)) for name, _, raises in CALLS}
+    raised["change_password"] |= raised["verify"] - {"verify"}
+    for name, exceptions in raised.items():
+        if not name.startswith("users."):
+            docstring = getattr(profiler.Accounts, name).__doc__
+            documented = set(re.findall(r":raises (\w+):", docstring))
+            assert (exceptions - {"verify"}) | {"InvalidField"} == documented, name
+
+
+def test_statuses_of_exceptions_are_those_of_the_service(application, monkeypatch):
+    rows = re.findall(r"^\| `(\w+)`.*? \| ([0-9]+) \|", PYTHON, re.MULTILINE)
+    classes = {name for name in profiler.__all__ if name[0].isupper()} - {"Accounts", "Users"}
+    assert {name for name, _ in rows} == classes
+    login = {"email": HARRY["email"], "password": HARRY["password"]}
+    for name, status in rows:
+        error = getattr(profiler, name)(*([60] if name == "TooManyAttempts" else []))
+        monkeypatch.setattr(application.accounts, "verify", mock.Mock(side_effect=error))
+        assert call(application, "POST", "/users/verify/", fields=login).status == int(status)
 
 
 # -- in front of a website -------------------------------------------------------------
