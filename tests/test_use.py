@@ -37,7 +37,7 @@ import profiler
 PAGE = (HERE / "docs/use.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 # The first line of an example is a comment with the name of its file.
-NAME = re.compile(r"(?:#|//|\{#|<\?php //) ([\w./]+)(?: #\})?\n")
+NAME = re.compile(r"(?:#|//|\{#|<!--|<\?php //) ([\w./]+)(?: #\}| -->)?\n")
 FILES = {match[1]: text for _, text in BLOCKS if (match := NAME.match(text))}
 COMMANDS = "".join(text for language, text in BLOCKS if language == "sh").replace("\\\n", "")
 PROFILE = {"first_name": "Harry", "last_name": "Potter", "email": "harry@example.com"}
@@ -246,7 +246,10 @@ def read_link(mailbox):
 SHARED = ("accounts.py", "tickets.py", "mail.py")
 APPLICATIONS = {
     "flask": pytest.param(
-        ("app.py", *SHARED), "flask --app app ", urlencode, marks=needs("flask", "requests")
+        ("app.py", "static/index.html", *SHARED),
+        "flask --app app ",
+        urlencode,
+        marks=needs("flask", "requests"),
     ),
     "fastapi": pytest.param(
         ("api.py", *SHARED),
@@ -827,9 +830,38 @@ def test_program_verifies_a_password(tmp_path, service, name, command):
 # -- the page --------------------------------------------------------------------------
 
 
+def variables_of_examples():
+    """Return the names of the variables that the examples read."""
+    names = re.findall(r'environ\["([A-Z_]+)"\]', PAGE)
+    return {*names, *re.findall("[A-Z_]+", re.search(r"const \{(.*)\} = process.env", PAGE)[1])}
+
+
 def test_every_variable_that_an_example_reads_is_documented():
     rows = re.findall(r"^\| (`[A-Z_]+`.*?) \|", PAGE, re.MULTILINE)
-    documented = set(re.findall("`([A-Z_]+)`", "".join(rows)))
-    used = set(re.findall(r'environ\["([A-Z_]+)"\]', PAGE))
-    used |= set(re.findall(r"[A-Z_]+", re.search(r"const \{(.*)\} = process.env", PAGE)[1]))
-    assert used == documented
+    assert set(re.findall("`([A-Z_]+)`", "".join(rows))) == variables_of_examples()
+
+
+def test_forms_have_the_fields_of_the_routes():
+    rows = re.findall(r"^\| `POST (/\w+)` \| (.*?) \|", PAGE, re.MULTILINE)
+    routes = {path: set(re.findall(r"`(\w+)`", fields)) for path, fields in rows}
+    forms = re.findall(r'action="(.*?)">(.*?)</form>', FILES["static/index.html"], re.DOTALL)
+    assert routes == {path: set(re.findall(r'name="(\w+)"', form)) for path, form in forms}
+
+
+@needs("bash")
+def test_commands_before_the_start_set_every_variable(tmp_path):
+    (tmp_path / "token").write_text(f"old-token-of-the-file\n{TOKEN}\n")
+    exports = "\n".join(line for line in COMMANDS.splitlines() if line.startswith("export "))
+    script = f"{exports}\nenv --null"
+    names = set(re.findall("([A-Z_]+)=", exports))
+    output = subprocess.run(
+        ["bash", "-euc", script.replace("python3", sys.executable)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    values = dict(line.split("=", 1) for line in output.split("\0") if line)
+    assert values["PROFILER_TOKEN"] == TOKEN
+    assert len(values["SECRET_KEY"]) > 40
+    assert names == variables_of_examples()
