@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import (  # noqa: F401
     HARRY,
+    ITERATIONS,
     RON,
     TOKEN,
+    accounts,
     advance,
     application,
     call,
@@ -68,9 +70,9 @@ def test_create_stores_the_fields_and_ignores_others(client):
     }
 
 
-def test_create_stores_a_hash_of_the_password(client, users):
+def test_create_stores_a_hash_of_the_password(client, accounts, users):
     client.post_json("/users/", HARRY)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
     assert profiler.verify_password(users.get_password_hash(1), "1234")
 
 
@@ -162,12 +164,12 @@ def test_user_imported_with_foreign_hash_keeps_the_password(client, name):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_hash_is_replaced_after_successful_verification(client, users, name):
+def test_foreign_hash_is_replaced_after_successful_verification(client, accounts, users, name):
     client.post_json("/users/", {**PROFILE, "password_hash": FOREIGN[name]})
     client.post_json("/users/verify/", HARRY, status=403)
     assert users.get_password_hash(1) == FOREIGN[name]
     client.post_json("/users/verify/", {**HARRY, "password": "swordfish"}, status=200)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
 
 
 def test_imported_hash_in_own_format_is_kept(client, users):
@@ -535,23 +537,24 @@ def test_invalid_password_returns_400(application, name, value):
         )
 
 
-def test_hash_with_fewer_iterations_is_replaced_after_verification(application, users):
+def test_hash_with_fewer_iterations_is_replaced_after_verification(application, accounts, users):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     assert verify(application, "x").status == 403
     assert users.get_password_hash(1) == weak
     assert verify(application).status == 200
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
     assert verify(application).status == 200
 
 
-def test_hash_changed_during_verification_is_not_replaced(application, users, monkeypatch):
+@pytest.mark.parametrize(("password", "status"), [("1234", 200), ("theirs", 403)])
+def test_hash_that_was_replaced_during_verification_is_verified_anew(
+    application, users, monkeypatch, password, status
+):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
-    replace = users.replace_password_hash
-    monkeypatch.setattr(
-        profiler, "hash_password", lambda *_: replace(1, weak, "theirs") and "ours"
-    )
-    assert verify(application).status == 200
-    assert users.get_password_hash(1) == "theirs"
+    theirs, replace = profiler.hash_password(password, ITERATIONS), users.replace_password_hash
+    monkeypatch.setattr(profiler, "hash_password", lambda *_: replace(1, weak, theirs) and "ours")
+    assert verify(application).status == status
+    assert users.get_password_hash(1) == theirs
 
 
 def test_verify_succeeds_even_if_the_new_hash_cannot_be_stored(application, users, monkeypatch):
@@ -904,7 +907,7 @@ def test_email_parameter_may_contain_any_letters(application, query):
             ["", "0", "-1", "1001", "1.0", "ten", "+1", "%D9%A3", "9" * 5000, "1%0A", "1,2"],
         ),
         ("after", ["", "-1", "9223372036854775808", "0x1", "0" * 5000, "x", "x&limit=5"]),
-        ("email", ["", "harry", "a@b@c", "a%20b@c", "%00@b", "%FF@%0A", "a@b%E2%80%8B"]),
+        ("email", ["%00@b"]),
         ("q", ["%00", "a%0Ab", "%C2%85", "a" * 256]),
     ],
 )
@@ -1250,7 +1253,7 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
     ]
     secrets = ["swordfish", "tuna fish", users.get_password_hash(1).split("$")[2]]
     for name in ("create", "update", "verify", "change_password", "reset_password"):
-        monkeypatch.setattr(users, name, lambda *_: 1 / 0)
+        monkeypatch.setattr(application.accounts, name, lambda *_, **__: 1 / 0)
     failed = [
         call(application, *request[:2], fields=request[2]) for request in requests if request[2]
     ]
@@ -1316,9 +1319,9 @@ def test_token_opens_all_hosts(guarded):
     assert call(guarded, HTTP_HOST="accounts.example.com").status == 401
 
 
-def test_any_of_several_tokens_is_valid(users):
+def test_any_of_several_tokens_is_valid(accounts):
     tokens = ["first-token-0123456", "second-token-012345", TOKEN]
-    rotating = profiler.Application(users, token="\r\n".join(tokens) + "\n\n")
+    rotating = profiler.Application(accounts, token="\r\n".join(tokens) + "\n\n")
     assert {call(rotating, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens} == {
         200
     }
@@ -1392,12 +1395,14 @@ def test_forwarded_host_is_ignored(application):
     )
 
 
-def test_anonymous_application_serves_any_host(users):
+def test_anonymous_application_serves_any_host(accounts):
     assert (
-        call(profiler.Application(users, anonymous=True), HTTP_HOST="accounts.example.com").status
+        call(
+            profiler.Application(accounts, anonymous=True), HTTP_HOST="accounts.example.com"
+        ).status
         == 200
     )
 
 
-def test_anonymous_does_not_disable_the_token(users):
-    assert call(profiler.Application(users, token=TOKEN, anonymous=True)).status == 401
+def test_anonymous_does_not_disable_the_token(accounts):
+    assert call(profiler.Application(accounts, token=TOKEN, anonymous=True)).status == 401

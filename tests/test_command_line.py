@@ -28,7 +28,6 @@ from conftest import (
     execute,
     fill,
     post,
-    run_program,
 )
 
 import profiler
@@ -303,10 +302,11 @@ def test_stuck_statement_does_not_stop_shutdown(tmp_path):
     program = f"""
 import os, profiler
 profiler.DRAIN_TIMEOUT = profiler.CLOSE_TIMEOUT = 0.1
-read = profiler.Users.read
-def read_forever(users, statement, parameters=(), slow=False):
-    return read(users, {endless!r} if slow else statement, () if slow else parameters, slow)
-profiler.Users.read = read_forever
+def page(users, *arguments):
+    statement = {endless!r} if arguments[-1] else "SELECT 1"
+    users.database.read(users._searches if arguments[-1] else users._reads, statement)
+    return b"", None
+profiler.Users.page = page
 profiler.main(["--port", "0", "--no-access-log"])
 """
     with contextlib.ExitStack() as stack:
@@ -590,29 +590,6 @@ def test_missing_schema_is_one_line_and_leaves_no_file(tmp_path):
     assert (output.returncode, output.stdout, output.stderr.count("\n")) == (1, "", 1)
     assert "schema.sql" in output.stderr
     assert os.listdir(tmp_path) == ["profiler.py"]
-
-
-WITHOUT_SQLITE = "import sys; sys.modules['sqlite3'] = None"
-WITHOUT_OPENSSL = "import hashlib; del hashlib.pbkdf2_hmac"
-
-
-@pytest.mark.parametrize("preparation", [WITHOUT_SQLITE, WITHOUT_OPENSSL])
-def test_python_without_sqlite_or_openssl_is_one_line(tmp_path, preparation):
-    copy_module(tmp_path)
-    output = run_program(
-        f"{preparation}; import runpy; runpy.run_path('profiler.py', run_name='__main__')",
-        tmp_path,
-    )
-    assert (output.returncode, output.stdout, output.stderr.count("\n")) == (1, "", 1)
-    assert "python3-minimal" in output.stderr
-
-
-def test_importing_without_sqlite_raises_import_error(tmp_path):
-    copy_module(tmp_path)
-    program = "import sys; sys.modules['sqlite3'] = None\ntry: import profiler\nexcept ImportError as error: print(error)"
-    output = run_program(program, tmp_path)
-    assert "python3-minimal" in output.stdout
-    assert output.stderr == ""
 
 
 # -- commands --------------------------------------------------------------------------

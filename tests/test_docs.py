@@ -709,7 +709,7 @@ def test_every_status_is_documented():
         ("docs/api.md", f"n·r·p of at most {profiler.MAX_SCRYPT_COST:,}"),
         ("docs/api.md", f"with {profiler.ITERATIONS:,} iterations"),
         ("docs/api.md", f"waits up to {profiler.HASH_TIMEOUT:.0f} seconds for a free core"),
-        ("docs/api.md", f"if {profiler.MAX_WAITING} requests hash or wait already"),
+        ("docs/api.md", f"if {profiler.MAX_HASHING} requests hash or wait already"),
         ("docs/api.md", f"idle for {profiler.IDLE_TIMEOUT} seconds"),
         ("docs/api.md", f"`Keep-Alive: timeout={profiler.IDLE_TIMEOUT}`"),
         (
