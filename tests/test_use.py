@@ -24,13 +24,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 from unittest import mock
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from conftest import HERE, TOKEN, call, copy_module, execute, run_program, until
+from conftest import HERE, TOKEN, call, copy_module, execute, run_program
 
 import profiler
 
@@ -111,8 +112,11 @@ def running(command, folder, port, **environ):
             start_new_session=True,
         )
     try:
-        until(lambda: listens(port) or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
+        deadline = time.monotonic() + 60
+        while not listens(port):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
         yield log
     finally:
         process.terminate()
@@ -805,7 +809,7 @@ def test_program_verifies_a_password(tmp_path, service, name, command):
     fields, headers = {**PROFILE, "password": "1234"}, {"Authorization": f"Bearer {TOKEN}"}
     assert Browser(service.port, json.dumps).request("/users/", fields, **headers)[0] == 201
     environ = {**os.environ, "PROFILER_URL": service.url, "no_proxy": "*"}
-    environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1"  # for a faster start
+    environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # start fast
     programs = []
     for password, token in (("1234", TOKEN), ("guess", TOKEN), ("1234", NEW_TOKEN)):
         folder = tmp_path / str(len(programs))
