@@ -92,6 +92,14 @@ class Trickle(io.BytesIO):
         return super().read(1)
 
 
+@pytest.mark.parametrize("length", [{}, {"CONTENT_LENGTH": ""}, {"CONTENT_LENGTH": "0"}])
+def test_without_a_content_length_nothing_is_read(application, length):
+    """A read would wait for a client that sends no more."""
+    environ = {"CONTENT_TYPE": "application/json", **length, "wsgi.input": Unreadable()}
+    answer = call(application, "POST", **environ)
+    assert (answer.status, "must be JSON" in answer.error) == (400, True)
+
+
 def test_body_may_arrive_in_pieces(application):
     assert post(application, **{"wsgi.input": Trickle(BODY)}).status == 201
 
