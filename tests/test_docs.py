@@ -916,6 +916,8 @@ def test_sections_are_those_of_the_module():
         ),
         ("docs/api.md", f"at most {profiler.MAX_NAME} characters"),
         ("docs/api.md", f"at most {profiler.MAX_EMAIL} characters"),
+        ("docs/api.md", f"at most {profiler.MAX_PASSWORD:,} characters, without NUL"),
+        ("docs/api.md", f"if {profiler.MAX_SEARCHES} wait already"),
         ("docs/api.md", f"at most this many users, 1 to {profiler.MAX_LIMIT}"),
         ("docs/api.md", f"up to {profiler.BATCH} users"),
         ("docs/api.md", f"After {profiler.MAX_FAILURES} consecutive wrong passwords"),
@@ -932,6 +934,9 @@ def test_sections_are_those_of_the_module():
         ("docs/api.md", f"every {profiler.SEND_TIMEOUT:.0f} seconds"),
         ("docs/design.md", f"batches of {profiler.BATCH}"),
         ("docs/design.md", f"Up to {profiler.WORKERS} workers"),
+        ("docs/design.md", f"pages of more than {profiler.BATCH} users"),
+        ("docs/design.md", f"A response of {profiler.RECEIVE_SIZE // 1024} KiB or more is sent"),
+        ("docs/design.md", f"a writer's lock, up to {profiler.BUSY_TIMEOUT:.0f} seconds"),
     ],
 )
 def test_stated_limits_are_those_of_the_module(name, statement):
