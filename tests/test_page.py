@@ -935,6 +935,10 @@ def test_token_dialog_keeps_the_dialog_below(guarded_page):
     page.until_status("Ron Weasley was created.")
 
 
+def test_token_is_masked_while_it_is_typed(guarded_page):
+    assert guarded_page.field("Token").get_attribute("type") == "password"
+
+
 def test_token_is_not_shared_with_other_mount_points(browser, tmp_path):
     with contextlib.ExitStack() as stack:
         applications = {}
@@ -1024,10 +1028,15 @@ def test_axe_finds_no_violations(page, application, scheme, width):
     )  # not subject to the CSP
 
     def violations():
-        run = "axe.run().then(({ violations }) => arguments[0](violations), arguments[0])"
+        run = """const done = arguments[0];
+        axe.run().then(({ passes, violations }) => done({ passes: passes.length, violations }),
+          (error) => done(String(error)))"""
+        result = page.browser.execute_async_script(run)
+        assert isinstance(result, dict), result
+        assert result["passes"] > 10, "too few rules were checked"
         return [
             (violation["id"], [node["html"] for node in violation["nodes"]])
-            for violation in page.browser.execute_async_script(run)
+            for violation in result["violations"]
         ]
 
     assert violations() == []
@@ -1064,6 +1073,8 @@ def test_axe_finds_no_violations(page, application, scheme, width):
     page.type(Search_by_name_or_email="x" * 256)
     page.until_message("Search by name or email")
     assert violations() == []
+    page.script("document.querySelector('#q').parentElement.before(document.querySelector('#q'))")
+    assert "label" in dict(violations()), "a field without its label"
 
 
 def test_colours_follow_the_colour_scheme(page):
@@ -1256,9 +1267,10 @@ def test_page_loads_nothing_but_the_list(page, application):
     page.open(HARRY, application=application)
     urls = page.script("return performance.getEntriesByType('resource').map(({ name }) => name)")
     assert urls == [f"{page.address}users/?sort=-id&limit={LIMIT}"]
-    assert not re.search(
-        r"""https?:|(src|href)=(?!"data:,")|url\(|@import""", PAGE.read_text("utf-8")
-    )
+    references = re.compile(r"""https?:|(src|href)=(?!"data:,")|url\(|@import""")
+    for control in ('"https://x"', "<img src=x>", '<a href="x">', "url(x)", "@import 'x'"):
+        assert references.search(control)
+    assert not references.search(PAGE.read_text("utf-8"))
 
 
 def test_page_uses_no_dangerous_api():
@@ -1274,7 +1286,9 @@ def test_page_uses_no_dangerous_api():
         "style=",
     )
     assert [word for word in forbidden if word in source] == []
-    assert not re.search(r"\son[a-z]+=", source[: source.index("<script>")])
+    handlers = re.compile(r"\son[a-z]+=")
+    assert handlers.search('<p onclick="x">')
+    assert not handlers.search(source[: source.index("<script>")])
 
 
 def test_page_is_short():
