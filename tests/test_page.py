@@ -15,7 +15,7 @@ import threading
 import urllib.request
 
 import pytest
-from conftest import HERE, TOKEN
+from conftest import HERE, TOKEN, execute, fill
 
 import profiler
 
@@ -259,6 +259,71 @@ def test_next_and_previous_change_the_page(page, application):
     page.press("Previous")
     page.until(lambda: page.emails == newest_first[:LIMIT])
     assert not page.browser.find_element(By.ID, "previous").is_enabled()
+
+
+# -- large ids -------------------------------------------------------------------------
+# JavaScript rounds these numbers to others.
+
+LARGE_ID, LARGEST_ID = 2**53 + 1, 2**63 - 1
+
+
+def add_user(path, user_id, name):
+    """Create a user with this id, as an imported table may have it."""
+    columns = 'INSERT INTO "user" (id, first_name, last_name, email, password)'
+    execute(
+        path, f"{columns} VALUES (?, ?, ?, ?, '')", (user_id, name, "X", f"{name}@example.com")
+    )
+
+
+def ids(path):
+    return [user_id for (user_id,) in execute(path, 'SELECT id FROM "user" ORDER BY id')]
+
+
+@pytest.mark.parametrize("user_id", [LARGE_ID, LARGEST_ID])
+def test_large_ids_are_exact(page, application, path, user_id):
+    fill(path, 0)
+    for number, name in ((user_id - 1, "Before"), (user_id, "It")):
+        add_user(path, number, name)
+    page.open()
+    page.press("Edit", row=0)
+    page.until_dialog("Edit It X")
+    page.type(Last_name="Y")
+    page.press("Save")
+    page.until_status("It Y was saved.")
+    page.until(lambda: page.rows[0][1] == "Y")
+    assert page.focus == "Edit"
+    page.press("Password", row=0)
+    page.until_dialog("Password of It Y")
+    page.type(Password="1234")
+    page.press("Set password")
+    page.until_status("The password of It Y was set.")
+    assert application.users.verify("It@example.com", "1234") == user_id
+    page.press("Delete", row=0)
+    page.until_dialog("Delete It Y?")
+    page.press("Delete")
+    page.until_status("It Y was deleted.")
+    assert ids(path) == [user_id - 1]
+
+
+def test_pages_of_large_ids_are_exact(page, path):
+    fill(path, 0)
+    for number in range(2 * LIMIT + 1):
+        add_user(path, LARGE_ID + number, str(number))
+    page.open()
+    page.press("Next")
+    page.until(lambda: page.text("#page") == "Page 2")
+    assert [row[0] for row in page.rows] == [str(number) for number in range(LIMIT, 0, -1)]
+    page.press("Next")
+    page.until(lambda: page.text("#page") == "Page 3")
+    assert [row[0] for row in page.rows] == ["0"]
+
+
+@pytest.mark.parametrize("name", ['"id":7', '\\"id": 7', '"id":"7"', '{"id":7}', "\\"])
+def test_names_that_look_like_ids_are_unchanged(page, application, name):
+    page.open((name, name, "harry@example.com", "x"), application=application)
+    assert page.rows[0][:2] == [name, name]
+    page.press("Edit", row=0)
+    assert page.value("First name") == name
 
 
 # -- search ----------------------------------------------------------------------------
