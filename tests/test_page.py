@@ -222,6 +222,26 @@ def record_requests(page):
     return lambda: page.script("return requests")
 
 
+def hold_responses(page, part=""):
+    """Keep the responses to requests whose path contains this from the page. Return two
+    functions: one waits for this many such requests, the other hands over the first of
+    their responses."""
+    page.script(
+        """window.held = [];
+    window.fetch = ((original) => async (path, options) => {
+      const response = await original(path, options);
+      if (path.includes(arguments[0])) await new Promise((resolve) => held.push(resolve));
+      return response;
+    })(fetch)""",
+        part,
+    )
+
+    def wait(count):
+        page.until(lambda: page.script("return held.length") == count)
+
+    return wait, lambda: page.script("held.shift()()")
+
+
 # -- the list --------------------------------------------------------------------------
 
 
@@ -672,6 +692,25 @@ def test_button_of_a_deleted_user_shows_the_error_in_the_row(page, application):
     assert page.texts("tbody tr:nth-child(2) [role=alert]") == ["Invalid user id"]
 
 
+def test_late_response_opens_no_dialog_over_another(page, application):
+    page.open(HARRY, application=application)
+    wait, release = hold_responses(page, "users/1/")
+    page.press("Edit", row=0)
+    wait(1)
+    page.press("New user")
+    page.until_dialog("New user")
+    release()
+    is_busy = "return document.querySelector('tbody td:last-child').ariaBusy"
+    page.until(lambda: page.script(is_busy) == "false")
+    assert len(page.browser.find_elements(By.TAG_NAME, "dialog")) == 1
+    page.press("Cancel")
+    page.until_closed()
+    page.press("Edit", row=0)
+    wait(1)
+    release()
+    page.until_dialog("Edit Harry Potter")
+
+
 # -- delete ----------------------------------------------------------------------------
 
 
@@ -1002,8 +1041,61 @@ def test_token_dialog_keeps_the_dialog_below(guarded_page):
     page.until_status("Ron Weasley was created.")
 
 
+def enter_token(page):
+    page.type(Token=TOKEN)
+    page.press("Continue")
+
+
+def replace_stored_token(page, token):
+    page.script("sessionStorage.setItem(Object.keys(sessionStorage)[0], arguments[0])", token)
+
+
 def test_token_is_masked_while_it_is_typed(guarded_page):
     assert guarded_page.field("Token").get_attribute("type") == "password"
+
+
+def test_searches_with_a_rejected_token_share_one_dialog(guarded_page):
+    page = guarded_page
+    enter_token(page)
+    page.until_rows(1)
+    replace_stored_token(page, "replaced")
+    wait, release = hold_responses(page)
+    for count, letter in enumerate("pot", 1):
+        page.field("Search by name or email").send_keys(letter)
+        wait(count)
+    for _ in "pot":
+        release()
+    page.until_dialog("Token")
+    page.script(
+        "const q = document.querySelector('#q'); q.value = 'zz'; q.oninput(new Event('input'))"
+    )
+    wait(1)
+    release()
+    enter_token(page)
+    page.until_closed()
+    wait(4)
+    for _ in range(4):
+        release()
+    page.until(lambda: page.text("#empty") == "No user matches.")
+    assert page.texts("[role=alert]") == []
+
+
+def test_response_to_a_replaced_token_opens_no_dialog(guarded_page):
+    page = guarded_page
+    enter_token(page)
+    page.until_rows(1)
+    replace_stored_token(page, "replaced")
+    wait, release = hold_responses(page, "users/1/")
+    page.press("Edit", row=0)
+    wait(1)
+    page.type(Search_by_name_or_email="potter")
+    page.until_dialog("Token")
+    enter_token(page)
+    page.until_closed()
+    release()
+    wait(1)
+    release()
+    page.until_dialog("Edit Harry Potter")
 
 
 def test_token_is_not_shared_with_other_mount_points(browser, tmp_path):
