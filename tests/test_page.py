@@ -34,8 +34,9 @@ PAGE = HERE / "index.html"
 LIMIT = 50  # users per page
 HARRY = ("Harry", "Potter", "harry@example.com", "1234")
 RON = ("Ron", "Weasley", "ron@example.com", "abcd")
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --disable-dev-shm-usage"""
+FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync
+--disable-dev-shm-usage"""
 
 
 def make_users(count):
@@ -158,9 +159,8 @@ class Page:
     @property
     def focus(self):
         """The text of the focused button, or the name of the focused field."""
-        return self.script(
-            "const { name, textContent } = document.activeElement; return textContent.trim() || name"
-        )
+        source = "const { name, textContent } = document.activeElement;"
+        return self.script(source + "return textContent.trim() || name")
 
     @property
     def top(self):
@@ -175,8 +175,9 @@ class Page:
 
     def field(self, label):
         """The field with this label, in the topmost dialog or on the page."""
-        source = """const [text] = arguments, top = [...document.querySelectorAll("body, dialog")].pop();
-        return [...top.querySelectorAll("label")].find((label) => label.textContent.trim() === text)?.control"""
+        source = """const top = [...document.querySelectorAll("body, dialog")].pop();
+        const labels = [...top.querySelectorAll("label")];
+        return labels.find(({ textContent }) => textContent.trim() === arguments[0])?.control"""
         return self.until(lambda: self.script(source, label))
 
     def type(self, **fields):
@@ -216,7 +217,8 @@ def record_requests(page):
     method, body, If-Match."""
     page.script("""window.requests = [];
     window.fetch = ((original) => (path, options) => {
-      requests.push([options.method, options.body && JSON.parse(options.body), options.headers["If-Match"] ?? null]);
+      const { method, body, headers } = options;
+      requests.push([method, body && JSON.parse(body), headers["If-Match"] ?? null]);
       return original(path, options);
     })(fetch)""")
     return lambda: page.script("return requests")
@@ -400,8 +402,8 @@ def test_search_is_debounced(page, application):
 
 def test_search_starts_at_once_on_enter(page, application):
     page.open(HARRY, RON, application=application)
-    slow_timers = "window.setTimeout = ((original) => (run, delay) => original(run, delay ? 1e6 : 0))(setTimeout)"
-    page.script(slow_timers)
+    page.script("""const original = setTimeout;
+    window.setTimeout = (run, delay) => original(run, delay ? 1e6 : 0)""")
     page.type(Search_by_name_or_email="potter")
     page.field("Search by name or email").send_keys(Keys.ENTER)
     page.until_rows(1)
@@ -427,7 +429,8 @@ def delayed(application, monkeypatch):
 
 def wait_for_responses(page, count):
     """Wait until the page has received this many lists."""
-    received = "return performance.getEntriesByType('resource').filter(({ responseEnd }) => responseEnd).length"
+    received = """const entries = performance.getEntriesByType("resource");
+    return entries.filter(({ responseEnd }) => responseEnd).length"""
     page.until(lambda: page.script(received) >= count)
 
 
@@ -880,8 +883,9 @@ def test_rate_limit_shows_when_to_try_again(page, application):
     latest = page.script(
         "return Date.now() + arguments[0] * 1000 + 1000", profiler.ATTEMPT_INTERVAL
     )
-    times = "const [from, to] = arguments; return Array.from({ length: (to - from) / 1000 }, (_, second) =>"
-    times += " new Date(from + second * 1000).toLocaleTimeString())"
+    times = """const [from, to] = arguments;
+    return Array.from({ length: (to - from) / 1000 }, (_, second) =>
+      new Date(from + second * 1000).toLocaleTimeString())"""
     text, _, shown = message.partition(", at ")
     assert text == profiler.ERRORS[profiler.TooManyAttempts][1]
     assert shown in page.script(
@@ -1412,7 +1416,8 @@ def test_markup_in_a_name_is_shown_as_text(page, application):
 )
 def test_names_do_not_reorder_the_text_around_them(page, application, first_name):
     page.open((first_name, "Potter", "eve@example.com", "x"), application=application)
-    position = """const [selector, text] = arguments, parent = document.querySelector(selector), range = new Range();
+    position = """const [selector, text] = arguments, range = new Range();
+    const parent = document.querySelector(selector);
     const walker = document.createTreeWalker(parent, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
       const start = walker.currentNode.data.indexOf(text);
@@ -1526,7 +1531,8 @@ def test_other_origins_cannot_detect_which_ids_exist(browser, application, tag, 
     observe = """const [tag, attribute, address, ids, done] = arguments;
     const observe = (id) => new Promise((resolve) => {
       const element = document.createElement(tag);
-      const see = ({ type }) => resolve([type, element.offsetWidth, element.offsetHeight, frames.length]);
+      const see = ({ type }) =>
+        resolve([type, element.offsetWidth, element.offsetHeight, frames.length]);
       [element.onload, element.onerror, element.rel] = [see, see, "stylesheet"];
       element[attribute] = `${address}users/${id}/`;
       document.body.replaceChildren(element);
@@ -1638,7 +1644,8 @@ def test_page_and_document_are_optional(tmp_path):
         for path in ("/", "", "/openapi.json", "/users/"):
             environ = {"wsgi.errors": io.StringIO()}
             wsgiref.util.setup_testing_defaults(environ)
-            print(*profiler.app({**environ, "PATH_INFO": path}, lambda status, headers: print(status)))
+            environ["PATH_INFO"] = path
+            print(*profiler.app(environ, lambda status, headers: print(status)))
     """
     output = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
