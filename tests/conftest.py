@@ -223,6 +223,11 @@ def application(path):
 
 
 @pytest.fixture
+def accounts(application):
+    return application.accounts
+
+
+@pytest.fixture
 def users(application):
     return application.users
 
@@ -234,9 +239,9 @@ def client(application):
 
 
 @pytest.fixture
-def guarded(users):
+def guarded(accounts):
     """An application on the same users that requires TOKEN."""
-    return profiler.Application(users, token=TOKEN)
+    return profiler.Application(accounts, token=TOKEN)
 
 
 @pytest.fixture
