@@ -333,7 +333,7 @@ def test_large_ids_are_exact(page, application, path, user_id):
 def test_pages_of_large_ids_are_exact(page, path):
     fill(path, 0)
     for number in range(2 * LIMIT + 1):
-        add_user(path, LARGE_ID + number, str(number))
+        add_user(path, LARGE_ID + 1 + number, str(number))
     page.open()
     page.press("Next")
     page.until(lambda: page.text("#page") == "Page 2")
