@@ -14,12 +14,13 @@ import threading
 import time
 
 import pytest
-from conftest import HARRY, HERE, call, execute, fill, until
+from conftest import HARRY, HERE, call, execute, fill, locked, until
 from test_docs import (
     OPERATE,
     PAGES,
     ask,
     blocks,
+    needs,
     needs_bash,
     running,
     section,
@@ -268,3 +269,43 @@ def test_ids_are_not_given_again_after_a_restore_on_mariadb():
         commands = lines_with("mariadb", backup, restore)
         next_id = restore_on_server(server, *commands, statement, connect)
     assert next_id == int(re.search("= ([0-9]+)", statement)[1]) > SKIPPED_IDS
+
+
+# -- monitoring ------------------------------------------------------------------------
+
+
+def test_update_without_a_field_shows_that_writes_fail(application, path, short_timeouts):
+    """/health/ does not."""
+    assert "`PATCH /users/1/` with `{}`" in section(OPERATE, "What to monitor")
+    assert call(application, "POST", fields=HARRY).status == 201
+    before = call(application, path="/users/1/").headers["ETag"]
+    assert call(application, "PATCH", "/users/1/", fields={}).status == 200
+    assert call(application, path="/users/1/").headers["ETag"] == before
+    with locked(path):
+        assert call(application, path="/health/").status == 200
+        answer = call(application, "PATCH", "/users/1/", fields={})
+    assert answer.status == 503
+    assert "database is locked" in answer.errors
+    assert "`database is locked`" in section(OPERATE, "Database errors")
+
+
+@needs("fuser")
+def test_process_that_locks_the_database_is_found(tmp_path):
+    fill(tmp_path / "db.sqlite3", 1)
+    [command] = blocks(section(OPERATE, "Database errors"), "sh")
+    program = (
+        "import sqlite3; connection = sqlite3.connect('db.sqlite3', isolation_level=None)\n"
+        "connection.execute('BEGIN IMMEDIATE'); print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        output = run_script(replace(command, {"/var/lib/profiler": tmp_path}), tmp_path)
+        assert str(holder.pid) in output.split()
+        holder.kill()
+    assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(1,)]
