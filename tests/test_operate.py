@@ -16,6 +16,7 @@ import time
 import pytest
 from conftest import HARRY, HERE, call, execute, fill, locked, until
 from test_docs import (
+    DEPLOY,
     OPERATE,
     PAGES,
     ask,
@@ -309,3 +310,34 @@ def test_process_that_locks_the_database_is_found(tmp_path):
         assert str(holder.pid) in output.split()
         holder.kill()
     assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+# -- deployment ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """The systemd unit in a file, with a program that exists."""
+    [text] = blocks(section(DEPLOY, "systemd"), "ini")
+    file = tmp_path / "profiler.service"
+    file.write_text(replace(text, {"/usr/bin/python3": sys.executable}))
+    return file
+
+
+@needs("systemd-analyze")
+def test_systemd_unit_is_hardened(unit):
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager"]
+    output = subprocess.run(
+        [*command, f"--threshold={MAX_EXPOSURE}", unit], capture_output=True, text=True
+    )
+    if "unrecognized option" in output.stderr:
+        pytest.skip("systemd is older than 250")
+    assert output.returncode == 0, output.stdout
+    assert f"shows {MAX_EXPOSURE / 10}" in section(DEPLOY, "systemd")
+
+
+@needs("systemd-analyze")
+def test_systemd_unit_has_no_unknown_setting(unit):
+    command = ["systemd-analyze", "verify", "--man=no", unit]
+    output = subprocess.run(command, capture_output=True, text=True)
+    assert [line for line in output.stderr.splitlines() if str(unit) in line] == []
