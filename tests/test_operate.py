@@ -21,6 +21,7 @@ from test_docs import (
     PAGES,
     ask,
     blocks,
+    free_port,
     needs,
     needs_bash,
     running,
@@ -341,3 +342,32 @@ def test_systemd_unit_has_no_unknown_setting(unit):
     command = ["systemd-analyze", "verify", "--man=no", unit]
     output = subprocess.run(command, capture_output=True, text=True)
     assert [line for line in output.stderr.splitlines() if str(unit) in line] == []
+
+
+def healthcheck():
+    """Return the Python program of the HEALTHCHECK in the Dockerfile."""
+    [dockerfile] = blocks(section(DEPLOY, "Docker"), "dockerfile")
+    [check] = re.findall(r"^HEALTHCHECK CMD (.*)$", dockerfile.replace("\\\n", ""), re.MULTILINE)
+    return json.loads(check)[2]
+
+
+@pytest.mark.parametrize("variable", ["PROFILER_PORT", "PORT"])
+def test_health_check_of_the_dockerfile_asks_the_port_of_the_service(tmp_path, variable):
+    with serving(tmp_path) as (port, _):
+        for number, status in ((port, 0), (free_port(), 1)):
+            environ = {**os.environ, variable: str(number)}
+            output = subprocess.run(
+                [sys.executable, "-c", healthcheck()], env=environ, capture_output=True
+            )
+            assert output.returncode == status
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may change the owner"
+)
+def test_data_folder_of_the_image_can_be_used_by_any_user_of_group_0(tmp_path):
+    [dockerfile] = blocks(section(DEPLOY, "Docker"), "dockerfile")
+    [command] = re.findall("^RUN (install .* /data)$", dockerfile, re.MULTILINE)
+    run_script(replace(command, {"/data": tmp_path / "data"}), tmp_path)
+    status = (tmp_path / "data").stat()
+    assert (status.st_gid, status.st_mode & 0o777) == (0, 0o770)
