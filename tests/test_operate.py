@@ -4,6 +4,8 @@ configuration files are read from the pages."""
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import json
 import os
 import re
@@ -22,6 +24,7 @@ from test_docs import (
     ask,
     blocks,
     free_port,
+    listens,
     needs,
     needs_bash,
     running,
@@ -371,3 +374,66 @@ def test_data_folder_of_the_image_can_be_used_by_any_user_of_group_0(tmp_path):
     run_script(replace(command, {"/data": tmp_path / "data"}), tmp_path)
     status = (tmp_path / "data").stat()
     assert (status.st_gid, status.st_mode & 0o777) == (0, 0o770)
+
+
+@needs("caddy")
+def test_caddy_forwards_requests_and_the_host(tmp_path):
+    [text] = blocks(section(DEPLOY, "Caddy"), "caddyfile")
+    front = free_port()
+    with serving(tmp_path) as (port, _):
+        addresses = {
+            "accounts.example.com {": f"http://:{front} {{\nbind 127.0.0.1",
+            "127.0.0.1:5000": f"127.0.0.1:{port}",
+        }
+        (tmp_path / "Caddyfile").write_text("{\nadmin off\n}\n" + replace(text, addresses))
+        command = ["caddy", "run", "--config", "Caddyfile", "--adapter", "caddyfile"]
+        with running(command, tmp_path, log="caddy", HOME=str(tmp_path)):
+            until(lambda: listens(front))
+            url = f"http://127.0.0.1:{front}/users/"
+            assert ask(url, "POST", HARRY)[0] == 201
+            assert ask(url, host="accounts.example.com")[0] == 421
+
+
+@needs("haproxy")
+def test_haproxy_opens_a_connection_for_each_request(tmp_path):
+    clients, front = [], free_port()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            if self.path == "/users/":  # not a health check
+                clients.append(self.client_address)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    [config] = blocks(section(DEPLOY, "haproxy"), "haproxy")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        addresses = {
+            ":443 ssl crt /etc/ssl/accounts.pem": f"127.0.0.1:{front}",
+            "127.0.0.1:5000": f"127.0.0.1:{server.server_port}",
+        }
+        (tmp_path / "haproxy.cfg").write_text(replace(config, addresses))
+        with running(["haproxy", "-f", "haproxy.cfg"], tmp_path, log="haproxy"):
+            until(lambda: listens(front))
+            connection = http.client.HTTPConnection("127.0.0.1", front, timeout=10)
+            with contextlib.closing(connection):
+                for _ in range(2):
+                    connection.request("GET", "/users/")
+                    assert connection.getresponse().read() == b""
+        server.shutdown()
+    assert len(set(clients)) == 2
+
+
+def test_every_command_for_gunicorn_starts_several_threads():
+    commands = re.findall(
+        r"^.*\bgunicorn .*:application.*$", "".join(PAGES.values()), re.MULTILINE
+    )
+    commands = [line for line in commands if line.startswith("PROFILER_")]
+    assert len(commands) >= 3
+    assert all(int(re.search("--threads ([0-9]+)", line)[1]) > 1 for line in commands)
