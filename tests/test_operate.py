@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from conftest import HARRY, HERE, call, execute, fill, locked, until
+from conftest import HARRY, HERE, TOKEN, call, execute, fill, locked, until
 from test_docs import (
     DEPLOY,
     OPERATE,
@@ -437,3 +437,56 @@ def test_every_command_for_gunicorn_starts_several_threads():
     commands = [line for line in commands if line.startswith("PROFILER_")]
     assert len(commands) >= 3
     assert all(int(re.search("--threads ([0-9]+)", line)[1]) > 1 for line in commands)
+
+
+# -- import ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def importer(tmp_path):
+    """The helper of the import scripts in a file."""
+    file = tmp_path / "profiler_import.py"
+    file.write_text(blocks(MOVE_IN, "python")[0])
+    return file
+
+
+def test_import_ignores_http_proxy_white_space_and_the_case_of_digits(importer, tmp_path):
+    (tmp_path / "import_csv.py").write_text(blocks(section(MOVE_IN, "CSV"), "python")[0])
+    method, salt, digest = profiler.hash_password("s3cret", 1).split("$")
+    (tmp_path / "users.csv").write_text(
+        "id,first_name,last_name,email,password,password_hash\n"
+        f"7, Jo,Bo\t,jo@example.com ,,{method}${salt}${digest.upper()} \n"
+        "8,Al,Bo,al@example.com, with spaces ,\n"
+    )
+    with serving(tmp_path, PROFILER_TOKEN=TOKEN) as (port, _):
+        environ = {
+            **os.environ,
+            "http_proxy": "http://127.0.0.1:9",
+            "PROFILER_URL": f"http://127.0.0.1:{port}",
+            "PROFILER_TOKEN": TOKEN,
+        }
+        for name in ("no_proxy", "NO_PROXY"):
+            environ.pop(name, None)
+        output = subprocess.run(
+            [sys.executable, "import_csv.py"],
+            cwd=tmp_path,
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
+        assert (output.stdout, output.stderr) == ("7,1\n8,2\n", "")
+        url = f"http://127.0.0.1:{port}/users/"
+        jo = json.loads(ask(f"{url}1/", token=TOKEN)[2])
+        assert (jo["first_name"], jo["last_name"], jo["email"]) == ("Jo", "Bo", "jo@example.com")
+        for email, password in (("jo", "s3cret"), ("al", " with spaces ")):
+            fields = {"email": f"{email}@example.com", "password": password}
+            assert ask(f"{url}verify/", "POST", fields, TOKEN)[0] == 200
+
+
+def test_import_reports_a_user_without_a_value(importer, capsys):
+    namespace = {}
+    exec(importer.read_text(), namespace)
+    namespace["post"] = lambda fields: (400, {"error": f"email must be a string: {fields}"})
+    namespace["import_user"](7, first_name="Jo", email=None, password=" x ")
+    error = "email must be a string: {'first_name': 'Jo', 'email': None, 'password': ' x '}"
+    assert capsys.readouterr() == ("", f"7,None,{error}\n")
