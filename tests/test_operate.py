@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import operator
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from test_docs import (
     listens,
     needs,
     needs_bash,
+    plain,
     running,
     section,
     serving,
@@ -437,6 +439,29 @@ def test_every_command_for_gunicorn_starts_several_threads():
     commands = [line for line in commands if line.startswith("PROFILER_")]
     assert len(commands) >= 3
     assert all(int(re.search("--threads ([0-9]+)", line)[1]) > 1 for line in commands)
+
+
+# -- upgrade ---------------------------------------------------------------------------
+
+
+def test_names_in_the_upgrade_from_1_2_0_exist(application):
+    text = section(OPERATE, "Upgrade from 1.2.0")
+    rows = re.findall(r"^\| (.*`.*) \| .*`app[.]([a-z_.]+).*` \|$", text, re.MULTILINE)
+    assert len(rows) >= 4
+    for old, path in rows:
+        new = operator.attrgetter(path)(application)
+        assert callable(new) or all(hasattr(new, name) for name in re.findall("`([a-z_]+)`", old))
+
+
+@pytest.mark.parametrize(
+    ("title", "statement"),
+    [
+        ("Upgrade from 1.2.0", f"at most {profiler.MAX_PASSWORD:,} characters"),
+        ("Database errors", f"for {profiler.BUSY_TIMEOUT:.0f} seconds"),
+    ],
+)
+def test_limits_are_those_of_the_module(title, statement):
+    assert statement in plain(section(OPERATE, title))
 
 
 # -- import ----------------------------------------------------------------------------
