@@ -19,6 +19,7 @@ import time
 import pytest
 from conftest import HARRY, HERE, TOKEN, call, execute, fill, locked, until
 from test_docs import (
+    API,
     DEPLOY,
     OPERATE,
     PAGES,
@@ -316,6 +317,16 @@ def test_process_that_locks_the_database_is_found(tmp_path):
         assert str(holder.pid) in output.split()
         holder.kill()
     assert execute(tmp_path / "db.sqlite3", 'SELECT count(*) FROM "user"') == [(1,)]
+
+
+def test_names_and_searches_are_not_normalised_as_stated(application):
+    assert "Names, emails and searches are not normalised (NFC)" in plain(API)
+    composed, decomposed = "%C3%A9", "e%CC%81"
+    assert call(application, "POST", fields={**HARRY, "first_name": "\u00e9"}).status == 201
+    found = [
+        len(call(application, QUERY_STRING=f"q={text}").json) for text in (composed, decomposed)
+    ]
+    assert found == [1, 0]
 
 
 # -- deployment ------------------------------------------------------------------------
