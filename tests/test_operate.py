@@ -526,3 +526,22 @@ def test_import_reports_a_user_without_a_value(importer, capsys):
     namespace["import_user"](7, first_name="Jo", email=None, password=" x ")
     error = "email must be a string: {'first_name': 'Jo', 'email': None, 'password': ' x '}"
     assert capsys.readouterr() == ("", f"7,None,{error}\n")
+
+
+# -- continuous integration ------------------------------------------------------------
+
+
+WORKFLOW = HERE / ".github/workflows/ci.yml"
+
+
+@pytest.mark.skipif(not WORKFLOW.exists(), reason="not in an sdist")
+def test_workflow_runs_files_that_exist_on_all_versions_of_python():
+    workflow = WORKFLOW.read_text("utf-8")
+    files = re.findall(r"\b(?:tests/)?test_\w+[.]py", workflow)
+    assert len(files) >= 6
+    assert all((HERE / name).exists() for name in [*files, ".ci/run"])
+    [versions] = re.findall("^ *python: (.*)$", workflow, re.MULTILINE)
+    minors = [int(minor) for minor in re.findall('"3[.]([0-9]+)"', versions)]
+    project = (HERE / "pyproject.toml").read_text("utf-8")
+    oldest = int(re.search('^requires-python = ">=3[.]([0-9]+)"$', project, re.MULTILINE)[1])
+    assert minors == list(range(oldest, 15))
