@@ -432,7 +432,7 @@ class Database:
         """
         is_open = any(shared.connection for shared in self._shared)
         wal = self.location + "-wal"
-        # access(), not stat(): on Linux 6.13 and later a commit that follows a stat() of the
+        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the
         # -wal file takes 40 us longer to sync.
         is_wal_lost = is_open and self._has_wal_file and not os.access(wal, os.F_OK)
         if is_wal_lost or (self._file and self._file != _identify(self.location)):
