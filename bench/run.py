@@ -177,6 +177,17 @@ def puts(users, count):
     return templates
 
 
+def pages(users, count):
+    """Return what makes requests for pages of 100 users."""
+
+    def page():
+        environ, body = request("GET", "/users/")
+        after = random.randint(0, users - 101)
+        return {**environ, "QUERY_STRING": f"limit=100&after={after}"}, body
+
+    return lambda _: [page() for _ in range(count)]
+
+
 def peers(folder, count):
     """Return the applications that are compared in process, each on a database of its own."""
     os.environ["PEER_DATABASE"] = fill(folder, "peer", count, TUTORIAL)
@@ -235,18 +246,7 @@ def measure_growth(folder, quick):
     rounds = 5 if quick else 15
     works = {
         "one user": lambda users: gets(users, 2000),
-        "one page of 100": lambda users: (
-            lambda _: [
-                (
-                    dict(
-                        request("GET", "/users/")[0],
-                        QUERY_STRING=f"limit=100&after={random.randint(0, users - 101)}",
-                    ),
-                    b"",
-                )
-                for _ in range(50)
-            ]
-        ),
+        "one page of 100": lambda users: pages(users, 50),
         "one update": lambda users: puts(users, 200),
     }
     rows = []
@@ -271,9 +271,9 @@ def measure_growth(folder, quick):
 # -- over HTTP -------------------------------------------------------------------------
 
 
-def requests_per_second(port, path, seconds):
+def requests_per_second(port, path, seconds, connections=16):
     output = subprocess.run(
-        ["wrk", "-t1", "-c16", f"-d{seconds}", f"http://127.0.0.1:{port}{path}"],
+        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", f"http://127.0.0.1:{port}{path}"],
         capture_output=True,
         text=True,
         check=True,
