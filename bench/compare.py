@@ -13,15 +13,14 @@ import argparse
 import contextlib
 import importlib.util
 import pathlib
-import shutil
 import statistics
 import tempfile
 import time
 
 import psutil
 from run import (
-    HERE,
     call,
+    copy_module,
     fill,
     gets,
     pages,
@@ -41,14 +40,6 @@ WORKS = {
     f"a list of {USERS:,}": lambda _: [request("GET", "/users/")],
     "an update": puts(USERS, 100),
 }
-
-
-def copy_module(path, folder):
-    """Copy a module into a new folder, with the schema next to it or the repository's."""
-    folder.mkdir()
-    beside = path.parent / "schema.sql"
-    shutil.copy(beside if beside.exists() else HERE.parent / "schema.sql", folder)
-    return shutil.copy(path, folder / "profiler.py")
 
 
 def load_app(path, name, database):
