@@ -275,10 +275,8 @@ def add_login(database):
     """Add the user that logs in."""
     password_hash = profiler.hash_password(LOGIN["password"], ITERATIONS)
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute(
-            "INSERT INTO user (first_name, last_name, email, password) VALUES ('A', 'B', ?, ?)",
-            (LOGIN["email"], password_hash),
-        )
+        statement = "INSERT INTO user (first_name, last_name, email, password) VALUES (?, ?, ?, ?)"
+        connection.execute(statement, ("A", "B", LOGIN["email"], password_hash))
 
 
 def main():
