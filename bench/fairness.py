@@ -114,7 +114,10 @@ def wrk(connections, path, port, _, seconds, limit=math.inf):
     rate = float(re.search(r"Requests/sec: +([0-9.]+)", run.stdout)[1])
     number, unit = re.search(r"Latency +\S+ +\S+ +([0-9.]+)(us|ms|s|m) ", run.stdout).groups()
     slowest = float(number) * {"us": 1e-3, "ms": 1, "s": 1e3, "m": 6e4}[unit]
-    fared = mark(f"{rate:,.1f} requests a second, slowest {slowest:,.0f} ms", slowest > limit)
+    fared = (
+        f"{rate:,.1f} requests a second, slowest {slowest:,.0f} ms" if rate else "none finished"
+    )
+    fared = mark(fared, slowest > limit)
     return "; ".join([fared, *re.findall(r"Socket errors.*|Non-2xx.*", run.stdout)])
 
 
@@ -241,7 +244,7 @@ def get_memory(pid, field):
 
 
 def measure_idle(port, pid, count):
-    """Return what idle keep-alive connections cost, and how long a new client waits beside them."""
+    """Return what idle connections cost, and how long a new client waits beside them."""
     request = PROBES["user"].request
     before = get_memory(pid, "VmRSS")
     with contextlib.ExitStack() as stack:
