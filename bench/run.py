@@ -542,7 +542,7 @@ def table(headers, rows):
     return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
-def compare(values, unit, form):
+def table_of_runs(values, unit, form):
     """Return a table of the runs of each candidate."""
     first = statistics.median(values["profiler"])
     rows = []
@@ -609,7 +609,7 @@ def main():
             report.append(
                 f"## {title}\n\n"
                 f"{len(values['profiler'])} rounds, in which all take turns.\n\n"
-                + compare(values, unit, ".1f")
+                + table_of_runs(values, unit, ".1f")
             )
             charts.append((f"{title} ({unit}, less is better)", values))
         if shutil.which("wrk"):
@@ -617,7 +617,7 @@ def main():
             report.append(
                 "## One user over HTTP, 16 connections\n\n"
                 f"{len(rates['profiler'])} rounds, in which each server is started anew."
-                f"{describe_modes(rates)}\n\n" + compare(rates, "requests a second", ",.0f")
+                f"{describe_modes(rates)}\n\n" + table_of_runs(rates, "requests a second", ",.0f")
             )
             served = {who: runs for who, runs in rates.items() if "hello" not in who}
             charts.append(
