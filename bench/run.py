@@ -582,7 +582,7 @@ def draw(charts, path):
         medians = [statistics.median(values[name]) for name in names]
         below = [median - min(values[name]) for name, median in zip(names, medians)]
         above = [max(values[name]) - median for name, median in zip(names, medians)]
-        style = {"elinewidth": 1, "ecolor": "#5b6472"}
+        style = {"elinewidth": 1, "ecolor": "#1d2433"}
         bars = axis.barh(names, medians, color=colours, xerr=[below, above], error_kw=style)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.set_title(title, loc="left", fontsize=10)
@@ -608,7 +608,7 @@ def main():
             values = {who: [each * scale for each in rounds] for who, rounds in seconds.items()}
             report.append(
                 f"## {title}\n\n"
-                f"{len(values['profiler'])} rounds, in which all take turns.\n\n"
+                f"All took turns in each of {len(values['profiler'])} rounds.\n\n"
                 + table_of_runs(values, unit, ".1f")
             )
             charts.append((f"{title} ({unit}, less is better)", values))
@@ -616,7 +616,7 @@ def main():
             rates = measure_http(folder, quick)
             report.append(
                 "## One user over HTTP, 16 connections\n\n"
-                f"{len(rates['profiler'])} rounds, in which each server is started anew."
+                f"Each of {len(rates['profiler'])} rounds started every server anew."
                 f"{describe_modes(rates)}\n\n" + table_of_runs(rates, "requests a second", ",.0f")
             )
             served = {who: runs for who, runs in rates.items() if "hello" not in who}
