@@ -2147,9 +2147,9 @@ def format_time(second: int) -> tuple[str, str]:
 # says beforehand which requests may wait. A worker touches no socket. It puts its result
 # into a queue and writes a byte to a socket pair, which wakes the selector.
 #
-# In a round, the I/O thread computes the responses to all requests that have arrived, and
-# sends them afterwards. To wake a client takes longer than to send to it, and a client with
-# many connections is woken once instead of once for each.
+# The I/O thread computes the responses to several requests that have arrived, and sends them
+# afterwards. To wake a client takes longer than to send to it, and a client with many
+# connections is woken once instead of once for each.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2169,6 +2169,7 @@ MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 SELECT_FILES = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
+SENT_TOGETHER = 32  # requests whose responses are computed before they are sent
 RECEIVE_SIZE = 64 * 1024  # bytes per read; longer responses are sent without waiting
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
@@ -2312,17 +2313,10 @@ class Server(WSGIServer):
             connection.resume(result)
 
     def _serve_round(self) -> None:
-        """Wait for events, and resume the connections that they are for.
-
-        Then resume those whose turn it is, or whose deadline has passed.
-        """
+        """Wait for events, and handle them. Then look whose deadline has passed."""
         # With a timeout, because a signal that arrives just before select() does not
         # interrupt it.
         self._handle_events(0 if self.ready else CHECK_INTERVAL)
-        ready = self.ready
-        self.ready = {}
-        for connection in ready:
-            connection.resume()
         if time.monotonic() > self._next_check:
             # The process may have been suspended. What has arrived meanwhile comes first.
             self._handle_events(0)
@@ -2332,8 +2326,18 @@ class Server(WSGIServer):
                 connection.resume(TimeoutError())
 
     def _handle_events(self, timeout: float) -> None:
-        for key, _ in self.selector.select(timeout):
+        """Resume the connections that have an event, then those whose turn it is."""
+        for number, (key, _) in enumerate(self.selector.select(timeout), 1):
             key.data()
+            if number % SENT_TOGETHER == 0:
+                self._resume_ready()
+        self._resume_ready()
+
+    def _resume_ready(self) -> None:
+        ready = self.ready
+        self.ready = {}
+        for connection in ready:
+            connection.resume()
 
     def _accept(self, limit: int = ACCEPTS) -> None:
         """Accept connections. At the limit of connections, close others for them."""
@@ -2598,8 +2602,8 @@ class Connection:
             if isinstance(body, tuple):
                 size = len(body[0])
                 message = head + body[0]
-                # Others have a turn between two requests of a connection. Short responses of
-                # a round are sent together; to keep many long ones would take memory.
+                # Others have a turn between two requests of a connection. Short responses are
+                # sent together; to keep many long ones would take memory.
                 if len(message) < RECEIVE_SIZE:
                     yield LATER
                     yield from self._send(message)
