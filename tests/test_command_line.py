@@ -324,7 +324,7 @@ import os, profiler
 profiler.DRAIN_TIMEOUT = profiler.CLOSE_TIMEOUT = 0.1
 def page(users, *arguments):
     statement = {endless!r} if arguments[-1] else "SELECT 1"
-    users.database.read(users._searches if arguments[-1] else users._reads, statement)
+    users.database.read(users._search_connection if arguments[-1] else users._read_connection, statement)
     return b"", None
 profiler.Users.page = page
 profiler.main(["--port", "0", "--no-access-log"])

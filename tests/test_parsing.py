@@ -239,7 +239,7 @@ def test_absolute_target_without_a_path_is_the_root():
 def test_every_beginning_of_a_valid_head_is_accepted(head):
     line = head.index(b"HTTP/1.1\r\n") + 9
     for end in range(len(head)):
-        assert profiler.has_request_line(head[:end]) is (end > line)
+        assert profiler.check_request_start(head[:end]) is (end > line)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_every_beginning_of_a_valid_head_is_accepted(head):
 )
 def test_head_that_cannot_become_valid_is_rejected_early(beginning, status):
     with pytest.raises(profiler.HTTPError) as rejection:
-        profiler.has_request_line(beginning)
+        profiler.check_request_start(beginning)
         profiler.check_head_size(beginning)
     assert rejection.value.status == status
 

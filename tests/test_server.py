@@ -495,6 +495,17 @@ def test_empty_lines_instead_of_a_request_are_400(server, received):
         assert statuses(receive(connection)) == [400]
 
 
+def test_empty_line_after_a_request_is_ignored(server, monkeypatch):
+    """RFC 9112 2.2. It is not the beginning of a request that never ends."""
+    with connected(server) as connection:
+        for _ in range(2):
+            assert ask(connection, GET + b"\r\n").status == 200
+        until(lambda: server.idle)
+        monkeypatch.setattr(profiler, "IDLE_TIMEOUT", 0.05)
+        connection.sendall(b"\r\n")
+        assert receive(connection) == b""
+
+
 def test_target_is_decoded_once_however_slowly_its_head_arrives(server, monkeypatch):
     """Otherwise a target of 8 KB that arrives byte by byte would take seconds."""
     decoded = []
@@ -871,7 +882,7 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     """Otherwise searches would take all workers, and writes would wait for them."""
     fill(path, 1)
     waiting = threading.Semaphore(0)
-    shared = users._searches
+    shared = users._search_connection
     acquire = shared.acquire
     monkeypatch.setattr(shared, "acquire", lambda: waiting.release() or acquire())
     with serving(application) as server, contextlib.ExitStack() as stack:
