@@ -103,7 +103,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-BATCH = 500  # users read at once for the list, or on a page without a limit
+BATCH = 500  # users read at once for a long list, or on a page of a search
+SHORT_PAGE = 100  # users that are read without waiting; a list begins with so many
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -129,7 +130,7 @@ _ITERATIONS = "(?P<iterations>[1-9][0-9]{0,7})"
 _N = "(?P<n>[1-9][0-9]{0,7})"
 _R = "(?P<r>[1-9][0-9]?)"
 _P = "(?P<p>[1-9][0-9]?)"
-_SALT = "(?P<salt>[^$]*)"
+_SALT = "(?P<salt>[^$]{0,1024})"  # passlib's limit
 
 
 def _decode(text: str) -> bytes:
@@ -161,7 +162,7 @@ _HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]],
     ),
     # passlib
     (
-        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)"
+        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]{{0,1368}})"
         r"\$(?P<digest>[0-9A-Za-z./]{43})",
         _decode,
         _decode,
@@ -427,17 +428,19 @@ class Database:
             self.write_connection.lock.release()
 
     def check_files(self) -> None:
-        """Raise Unavailable if the file, or its -wal file, was moved or deleted.
+        """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
 
         If the file is gone, SQLite would create an empty one. What is written to a deleted
         file is lost.
         """
         is_open = any(shared.connection for shared in self._shared)
-        wal = self.location + "-wal"
-        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the
-        # -wal file takes 40 us longer to sync.
-        is_wal_lost = is_open and self._has_wal_file and not os.access(wal, os.F_OK)
-        if is_wal_lost or (self._file and self._file != _identify(self.location)):
+        is_lost = self._file is not None and self._file != _identify(self.location)
+        if is_open and self._has_wal_file:
+            # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal
+            # file takes 40 us longer to sync.
+            for suffix in ("-wal", "-shm"):
+                is_lost = is_lost or not os.access(self.location + suffix, os.F_OK)
+        if is_lost:
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
             )
@@ -464,7 +467,8 @@ class Database:
         path = os.path.abspath(path)
         part = f"{path}.{os.urandom(4).hex()}.part"
         try:
-            if os.path.lexists(path) or path == f"{self.location}-journal":
+            taken = [f"{self.location}{suffix}" for suffix in ("-journal", "-wal", "-shm")]
+            if os.path.lexists(path) or path in taken:
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
                 )
@@ -750,7 +754,7 @@ class Storage(Protocol):
 
     @property
     def reads_may_wait(self) -> bool:
-        """True if get, ping or a page of at most BATCH users may have to wait."""
+        """True if get, ping or a page of at most SHORT_PAGE users may have to wait."""
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with an email, or None.
@@ -825,7 +829,7 @@ class Storage(Protocol):
 class Failures:
     """Counts the consecutive wrong passwords of each account, in the memory of a process.
 
-    An account is the id of a user, or an unknown email in lower case.
+    An account is the id of a user, or the digest of an unknown email.
     """
 
     # False where counting is so dear that a right password must not be counted: then the
@@ -985,7 +989,8 @@ class Users:
         elif email is not None:
             connection = self._lookup_connection
         else:
-            connection = self._list_connection if limit > BATCH else self._read_connection
+            is_short = limit <= SHORT_PAGE
+            connection = self._read_connection if is_short else self._list_connection
         [(users, last, more)] = self.database.read(connection, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
@@ -1280,7 +1285,8 @@ class Accounts:
         while True:
             found = self.users.find(email)
             # bytes.lower() changes ASCII letters only.
-            account, password_hash = found or (email.encode().lower(), self._dummy_hash)
+            unknown = hashlib.sha256(email.encode().lower()).digest()
+            account, password_hash = found or (unknown, self._dummy_hash)
             with self._hashing_slot():
                 self._check_password(account, password_hash, password)
                 new_hash = None
@@ -1342,6 +1348,9 @@ class Accounts:
 
         A wrong password costs one hash, also if the stored hash is unusable.
         """
+        if len(password) > MAX_PASSWORD:
+            # It costs no hash. If it counted, floods of it would push out other counts.
+            raise WrongPassword
         failures = self.users.failures
         is_counted = self._admit_attempt(account)
         is_usable = parse_hash(password_hash) is not None
@@ -1410,6 +1419,8 @@ def count_cores() -> int:
 
 # The JSON parser recurses, at most 1,000 levels deep.
 MAX_BRACKETS = 500  # [ and { in a body
+MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
+MAX_PARAMETERS = 20  # of a query; there are five
 
 JSON_TYPE = ("Content-Type", "application/json")
 # Sent with every response. Without X-Frame-Options, a website could find out which ids
@@ -1489,11 +1500,13 @@ def get_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def parse_query(environ: WSGIEnvironment) -> dict[str, str]:
-    """Return the query parameters. The last of repeated ones wins."""
+    """Return the query parameters. The last of repeated ones wins. Raise HTTPError: 400."""
     query = environ.get("QUERY_STRING", "")
     if not query:
         return {}
     query = query.encode("latin-1", "replace").decode("utf-8", "replace")
+    if query.count("&") >= MAX_PARAMETERS:
+        raise HTTPError(400, f"Send at most {MAX_PARAMETERS} parameters")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
     if "email" in parameters:
         # HTML forms write a space as "+", but in an address "+" is a letter.
@@ -1537,7 +1550,8 @@ def make_guard(environ: WSGIEnvironment) -> Guard | None:
 def _has_tag(field: str, user: bytes | None) -> bool:
     """Return True if a list has the user's entity tag, or is "*" and there is a user."""
     # Our own tags contain no comma.
-    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in field.split(",")]
+    listed = field.split(",")[:MAX_TAGS]
+    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in listed]
     return user is not None and (tags == ["*"] or make_entity_tag(user) in tags)
 
 
@@ -1609,25 +1623,14 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     Its parameters are limit, after, sort, email and q.
     """
     query = parse_query(environ)
-    limit = after = None
-    try:
-        if "limit" in query:
-            limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
-        if "after" in query:
-            after = parse_number(query["after"], "after", 0, MAX_ID)
-    except ValueError as error:
-        raise HTTPError(400, str(error)) from None
-    email = check_text("email", query["email"]) if "email" in query else None
-    text = check_field("q", query.get("q", ""))
-    descending = query.get("sort") == "-id"
-    if query.get("sort", "id") not in ("id", "-id"):
-        raise HTTPError(400, "sort must be id or -id")
-    page, last = accounts.users.page(limit or BATCH, after, descending, email, text)
+    selection = parse_selection(query)
+    page, last = accounts.users.page(**selection)
     if last is None:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
-    if limit is None and not text:
-        return 200, _stream_users(accounts.users, page, last, descending), (JSON_TYPE,)
-    following: dict[str, object] = {"limit": limit or BATCH, "after": last}
+    if "limit" not in query and not selection["text"]:
+        rest = _stream_users(accounts.users, page, last, selection["descending"])
+        return 200, rest, (JSON_TYPE,)
+    following: dict[str, object] = {"limit": selection["limit"], "after": last}
     following.update((name, query[name]) for name in ("sort", "email", "q") if name in query)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
@@ -1705,13 +1708,14 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     return 200, content, (("Content-Type", media_type),)
 
 
+LIST = re.compile("/users/?")
 _USER_PATH = "/users/([0-9]{1,19})"
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (
         re.compile(f"{_USER_PATH}/?"),
         {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user},
     ),
-    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
+    (LIST, {"GET": list_users, "POST": create_user}),
     (re.compile(f"{_USER_PATH}/password/?"), {"PUT": change_password}),
     (re.compile(f"{_USER_PATH}/password/reset/?"), {"PUT": reset_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
@@ -1722,12 +1726,41 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
 NEEDS_NO_TOKEN = re.compile("/health/?|/?|/openapi[.]json")
 
 
+def parse_selection(query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of Storage.page for a query. Raise HTTPError: 400, InvalidField."""
+    email = check_text("email", query["email"]) if "email" in query else None
+    text = check_field("q", query.get("q", ""))
+    limit = BATCH if text else SHORT_PAGE
+    after = None
+    try:
+        if "limit" in query:
+            limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
+        if "after" in query:
+            after = parse_number(query["after"], "after", 0, MAX_ID)
+    except ValueError as error:
+        raise HTTPError(400, str(error)) from None
+    sort = query.get("sort", "id")
+    if sort not in ("id", "-id"):
+        raise HTTPError(400, "sort must be id or -id")
+    return {
+        "limit": limit,
+        "after": after,
+        "descending": sort == "-id",
+        "email": email,
+        "text": text,
+    }
+
+
 def is_long_read(environ: WSGIEnvironment) -> bool:
-    """Return True if a GET may scan the table, or reads more than a batch of users."""
-    query = parse_query(environ)
-    limit = query.get("limit", "")
-    is_long_page = DIGITS.fullmatch(limit) is not None and int(limit) > BATCH
-    return is_long_page or "q" in query or "email" in query
+    """Return True if a GET may scan the table, or reads more than a short page."""
+    if not environ["QUERY_STRING"] or not LIST.fullmatch(environ["PATH_INFO"]):
+        return False
+    try:
+        selection = parse_selection(parse_query(environ))
+    except (HTTPError, InvalidField):
+        return False
+    is_search = selection["email"] is not None or selection["text"] != ""
+    return is_search or selection["limit"] > SHORT_PAGE
 
 
 def _stream_users(
@@ -1739,7 +1772,7 @@ def _stream_users(
     """
     yield b"[" + page
     while last is not None:
-        page, last = users.page(MAX_LIMIT, last, descending)
+        page, last = users.page(BATCH, last, descending)
         if page:
             yield b"," + page
     yield b"]\n"
@@ -1967,12 +2000,13 @@ MAX_REQUEST_LINE = 8 * 1024  # bytes: the default of nginx and Apache
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 MAX_CHUNK_LINE = 64  # bytes
+MAX_FRAMING = 16 * 1024  # bytes around the chunks of a body: thousands take milliseconds
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 # RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which
 # overrides Host (3.2.2).
-_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
+_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # The beginning of a request line.
@@ -2055,8 +2089,6 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
     method, authority, target, protocol = match.groups()
     if protocol not in ("HTTP/1.0", "HTTP/1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
-    if not (authority or target[:1] == "/" or target == "*"):
-        raise HTTPError(400, "The request target must be a path")
     path, _, query = target.partition("?")
     environ = {
         "REQUEST_METHOD": method,
@@ -2104,11 +2136,10 @@ def decode_chunks(data: bytearray, body: bytearray) -> Iterator[None]:
             raise HTTPError(400, "A chunk must start with its size in hexadecimal digits")
         size = int(match[1], 16)
         framing += end + 3
-        # Tiny chunks cost more time than they bring data.
-        if len(body) + size > MAX_BODY or framing > MAX_BODY:
-            raise HTTPError(
-                413, f"The body, and what encodes it, must be at most {MAX_BODY} bytes"
-            )
+        if len(body) + size > MAX_BODY:
+            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
+        if framing > MAX_FRAMING:
+            raise HTTPError(413, "Send the body in larger chunks")
         del data[: end + 1]
         if size:
             while len(data) < size + 2:
@@ -2317,10 +2348,10 @@ class Server(WSGIServer):
         # With a timeout, because a signal that arrives just before select() does not
         # interrupt it.
         self._handle_events(0 if self.ready else CHECK_INTERVAL)
-        if time.monotonic() > self._next_check:
+        now = time.monotonic()
+        if now > self._next_check:
             # The process may have been suspended. What has arrived meanwhile comes first.
             self._handle_events(0)
-            now = time.monotonic()
             self._next_check = now + CHECK_INTERVAL
             for connection in [each for each in self.connections if each.deadline < now]:
                 connection.resume(TimeoutError())
@@ -2574,10 +2605,11 @@ class Connection:
 
     def _send(self, message: bytes) -> Steps:
         """Send a message. Raise OSError, among them TimeoutError if the client stops reading."""
-        while message:
+        rest = memoryview(message)
+        while rest:
             try:
-                sent = self.socket.send(message)
-                message = message[sent:]
+                sent = self.socket.send(rest)
+                rest = rest[sent:]
             except BlockingIOError:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield WRITE

@@ -573,6 +573,16 @@ def test_password_of_more_than_1024_characters_is_wrong(application):
     assert change(application, COMBINING, "5678").json == WRONG
 
 
+def test_password_that_costs_no_hash_is_not_counted(application, monkeypatch):
+    """Otherwise thousands of them would push out the counts of other accounts."""
+    monkeypatch.setattr(profiler, "MAX_TRACKED", 1)  # in memory
+    post(application)
+    assert [verify(application, "x").status for _ in range(11)] == [403] * 10 + [429]
+    for number in range(3):
+        assert verify(application, COMBINING, f"{number}@example.com").status == 403
+    assert verify(application).status == 429
+
+
 # Emails of databases of earlier versions and of the tutorial.
 OLDER_EMAILS = [
     "harry", "a@b@example.com", "soft\u00adhyphen@example.com", "heart\u2764\ufe0f@example.com",

@@ -634,6 +634,13 @@ def test_wal_file_deleted_while_only_reading_is_noticed(application, path):
     assert (call(application, path="/health/").status, write(application).status) == (503, 503)
 
 
+def test_deleted_shm_file_is_noticed(application, path):
+    """Another process would create a new one, and both would write without a common lock."""
+    assert post(application).status == 201
+    (path.parent / f"{path.name}-shm").unlink()
+    assert (call(application, path="/health/").status, write(application).status) == (503, 503)
+
+
 def test_wal_file_that_another_process_truncates_is_no_error(application, path):
     assert post(application).status == 201
     assert execute(path, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]

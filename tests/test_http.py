@@ -485,7 +485,7 @@ def test_preconditions_do_not_apply_to_the_list(client):
 
 
 def test_streamed_list_has_no_content_length(application, users, monkeypatch):
-    monkeypatch.setattr(profiler, "BATCH", 2)
+    monkeypatch.setattr(profiler, "SHORT_PAGE", 2)
     for number in (1, 2, 3):
         users.insert("F", "L", f"{number}@b.c", "x")
     answer = call(application)
@@ -505,3 +505,17 @@ def test_error_is_a_json_object_with_a_message(application):
         "application/json",
         ["error"],
     )
+
+
+def test_only_a_hundred_entity_tags_are_compared(application, users, monkeypatch):
+    """Thousands would take milliseconds, during which nobody else is served."""
+    users.insert("F", "L", "a@b.c", "x")
+    tag = call(application, path="/users/1/").headers["ETag"]
+    for count, expected in ((99, 304), (100, 200)):
+        field = '"x",' * count + tag
+        assert call(application, path="/users/1/", HTTP_IF_NONE_MATCH=field).status == expected
+
+
+@pytest.mark.parametrize(("count", "status"), [(20, 200), (21, 400)])
+def test_query_has_at_most_twenty_parameters(application, count, status):
+    assert call(application, QUERY_STRING="&".join(["a=b"] * count)).status == status

@@ -376,7 +376,7 @@ def test_chunked_body_is_limited():
 
 def test_many_tiny_chunks_are_rejected():
     """They would cost more time than they bring data."""
-    count = profiler.MAX_BODY // len(b"1\r\n\r\n")
+    count = profiler.MAX_FRAMING // len(b"1\r\n\r\n")
     data = b"1\r\nx\r\n" * (count - 1) + b"0\r\n\r\n"
     assert decode(data) == (b"x" * (count - 1), b"")
     assert status_of_chunks(b"1\r\nx\r\n" * (count + 1)) == 413

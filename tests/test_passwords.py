@@ -247,3 +247,10 @@ def test_scrypt_is_not_verified_where_hashlib_lacks_it(monkeypatch):
 )
 def test_weak_or_foreign_hash_needs_a_rehash(password_hash, expected):
     assert profiler.needs_rehash(password_hash, 10) is expected
+
+
+@pytest.mark.parametrize(("length", "is_allowed"), [(1024, True), (1025, False)])
+def test_salt_has_at_most_1024_characters(length, is_allowed):
+    """It is stored before created_on, so a long one makes each page of users slower."""
+    password_hash = f"pbkdf2:sha256:1${'s' * length}${'0' * 64}"
+    assert (profiler.parse_hash(password_hash) is not None) is is_allowed

@@ -271,6 +271,7 @@ def test_scrypt_that_openssl_refuses_is_403_with_a_line_in_the_log(
 
     class Hashlib:
         pbkdf2_hmac = profiler.pbkdf2_hmac
+        sha256 = profiler.hashlib.sha256
 
         @staticmethod
         def scrypt(*_, **__):
