@@ -1092,7 +1092,11 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 
 def _to_utf8(text: bytes) -> bytes:
     """Return a text with U+FFFD for invalid UTF-8, which another program may have stored."""
-    return text if text.isascii() else text.decode("utf-8", "replace").encode()
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return text.decode("utf-8", "replace").encode()
+    return text
 
 
 # -- accounts --------------------------------------------------------------------------
@@ -2193,6 +2197,7 @@ LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
+RETRY_PAUSE = 0.2  # after a 503, before the next request of the connection is read
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 WORKERS = 256  # threads at most
@@ -2527,6 +2532,11 @@ class Connection:
             if self.head.startswith(b"HEAD "):
                 body = (b"",)
         yield from self._send_response(status, headers, body)
+        if status.startswith("503") and not self.is_last:
+            # Clients that try again at once would keep the threads busy that serve others.
+            self.deadline = time.monotonic() + RETRY_PAUSE
+            with contextlib.suppress(TimeoutError):
+                yield NOTHING
 
     def _run_application(self, environ: WSGIEnvironment) -> tuple[Any, ...]:
         """Return the status, the headers and the body of a response. Raise what it raises."""
