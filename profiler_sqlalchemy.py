@@ -646,10 +646,9 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         """
         code = _code(error)
         is_lost = self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
-        if is_lost or code in READ_ONLY:
+        # Connections of the same age have the same fault.
+        if is_lost or code in (*READ_ONLY, *STALE_STATEMENT):
             self._valid_from = time.monotonic()
-        elif code in STALE_STATEMENT:
-            connection.invalidate()
         return code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
 
     def _take(self, start: float, is_read: bool) -> PoolProxiedConnection:

@@ -940,15 +940,19 @@ def test_exception_other_than_an_error_of_the_driver_returns_the_connection(appl
 
 def test_email_taken_after_the_look_up_is_400(application, monkeypatch):
     """The unique key decides. The message of the server contains the email."""
-    insert = lambda password, **fields: application.users.insert(**fields, password_hash=password)  # noqa: E731
-    monkeypatch.setattr(application.users, "create", insert)
     assert post(application).status == 201
-    answer = post(application, user(email="HARRY@example.com"))
-    assert (answer.status, answer.error, answer.errors) == (
-        400,
-        "This email is already registered",
-        "",
-    )
+    hash_password = profiler.hash_password
+
+    def rename_ron(*arguments):
+        application.users.update(2, {"email": "LUNA@example.com"})
+        return hash_password(*arguments)
+
+    assert post(application, json.dumps(RON).encode()).status == 201
+    monkeypatch.setattr(profiler, "hash_password", rename_ron)
+    answer = post(application, user(email="luna@example.com"))
+    assert answer.status == 400
+    assert answer.error == "This email is already registered"
+    assert answer.errors == ""
 
 
 def test_duplicate_of_another_unique_column_is_503_with_a_log_line(server, url, application):
