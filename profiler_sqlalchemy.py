@@ -22,6 +22,7 @@ import random
 import re
 import sqlite3
 import sys
+import threading
 import time
 from datetime import datetime, timezone
 from typing import NamedTuple
@@ -60,6 +61,8 @@ DRIVERS = {  # from the scheme of a URL to SQLAlchemy's
     "mariadb+pymysql": "mysql+pymysql",
 }
 POOL_SIZE = 8  # connections of a process
+# Searches read the whole table. If they could take all connections, logins would wait.
+MAX_SEARCHES = 2  # connections that search at the same time
 
 # A request takes little more than TIMEOUT. All in seconds.
 TIMEOUT = 10  # for a statement
@@ -403,6 +406,7 @@ class SQLAlchemyUsers:
         self._get = f"SELECT {self._columns} FROM {self._table} WHERE id = %s"
         self._has_table = False
         self._valid_from = 0.0  # connections opened before this time are not used again
+        self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
         self.failures = profiler.Failures()
         profiler.call_at_fork(self)
 
@@ -457,7 +461,7 @@ VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
 SELECT {self._columns} FROM {self._table} WHERE {" AND ".join(conditions)}
 ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 """
-        rows = self._read(statement, parameters)
+        rows = self._search(statement, parameters) if text else self._read(statement, parameters)
         return _to_json(rows[:limit]), rows[limit - 1][0] if len(rows) > limit else None
 
     def get(self, user_id: int) -> bytes:
@@ -544,6 +548,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         not close them.
         """
         self._engine.dispose(close=False)
+        self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
 
     def _exists(self) -> bool:
         """Return whether the table exists."""
@@ -584,6 +589,15 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
     def _read(self, statement: str, parameters: Any = ()) -> list[Any]:
         """Return the rows of a SELECT."""
         return self._run(lambda cursor: _fetch(cursor, statement, parameters), is_read=True)
+
+    def _search(self, statement: str, parameters: Any) -> list[Any]:
+        """Return the rows of a SELECT that may take long. Raise Busy."""
+        if not self._searches.acquire(timeout=POOL_TIMEOUT):
+            raise Busy(f"{MAX_SEARCHES} other searches are running")
+        try:
+            return self._read(statement, parameters)
+        finally:
+            self._searches.release()
 
     def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
         """Return how many rows a statement has changed, once the guard has seen the

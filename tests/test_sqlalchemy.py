@@ -928,6 +928,55 @@ def test_request_without_a_free_connection_is_503(url, monkeypatch):
         assert_unavailable(call(busy), "in use")
 
 
+def test_searches_leave_connections_to_other_requests(server, url, application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.2)
+    fill_table(server, url, 1, application)
+    with ThreadPoolExecutor(16) as threads, blocked_searches(application) as running:
+
+        def search(_):
+            return call(application, QUERY_STRING="q=First")
+
+        searches = [threads.submit(search, number) for number in range(16)]
+        for _ in range(profiler_sqlalchemy.MAX_SEARCHES):
+            assert running.acquire(timeout=10)
+        for _ in range(10):
+            assert get(application).status == 200
+            assert call(application, path="/health/").status == 200
+        until(lambda: sum(search.done() for search in searches) == 14)
+        refused = [search.result() for search in searches if search.done()]
+    assert_unavailable(refused[0], "2 other searches are running")
+    assert sorted(search.result().status for search in searches) == [200] * 2 + [503] * 14
+
+
+def test_search_that_fails_makes_room_for_others(application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0)
+    application.users.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(application.users, "_read", lambda *_: 1 / 0)
+        for _ in range(2 * profiler_sqlalchemy.MAX_SEARCHES):
+            with pytest.raises(ZeroDivisionError):
+                application.users.page(10, text="x")
+    assert application.users.page(10, text="x") == (b"", None)
+
+
+@contextlib.contextmanager
+def blocked_searches(application):
+    """Let no search end before the block does. Yield a semaphore that counts those that run."""
+    read, running, go_on = application.users._read, threading.Semaphore(0), threading.Event()
+
+    def read_slowly(statement, parameters=()):
+        if "pattern" in parameters:
+            running.release()
+            assert go_on.wait(30)
+        return read(statement, parameters)
+
+    application.users._read = read_slowly
+    try:
+        yield running
+    finally:
+        go_on.set()
+
+
 def test_exception_other_than_an_error_of_the_driver_returns_the_connection(application):
     def work(cursor):
         raise ZeroDivisionError
