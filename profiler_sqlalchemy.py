@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 import sqlalchemy
-from sqlalchemy import BigInteger, Column, DateTime, Identity, String, Table, Text
+from sqlalchemy import BigInteger, Column, DateTime, Double, Identity, String, Table, Text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from profiler import Guard, Path
 
     Result = TypeVar("Result")
+
+_log = logging.getLogger("profiler")
 
 # -- configuration ---------------------------------------------------------------------
 
@@ -85,6 +88,14 @@ STALE_STATEMENT = (
     "42P05",
 )  # a prepared statement does not fit the table, or is gone
 READ_ONLY = ("25006", 1290, 1792, 1836)  # the server has become a standby
+# The role may not use a table, or there is none.
+NO_TABLE = ("42501", "42P01", 1044, 1142, 1146)
+
+# An account that was left alone for this time may have all its attempts at once again.
+# Whoever waits for it guesses no more often than somebody who tries at every interval.
+FORGET_FAILURES = int(profiler.MAX_FAILURES * profiler.ATTEMPT_INTERVAL)  # seconds
+FORGET_EVERY = 100  # first failures: how often old rows are deleted
+RETRY_FAILURES = 60.0  # seconds to count in memory before the table is tried again
 
 
 # -- dialects --------------------------------------------------------------------------
@@ -113,10 +124,27 @@ _USERS = Table(
 )
 
 
+# Wrong passwords, for all processes. Times are those of the database's clock, because the
+# clocks of several machines differ.
+_FAILURES = Table(
+    "profiler_failure",
+    _USERS.metadata,
+    # the SHA-256 of an account
+    Column("account", String(64).with_variant(String(64, "C"), "postgresql"), primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    # Unix time
+    Column("last", Double, nullable=False),
+    mysql_engine="InnoDB",
+    mysql_charset="ascii",
+    mysql_collate="ascii_bin",
+)
+
+
 class _Dialect(NamedTuple):
     """The SQL in which the databases differ."""
 
     table: str
+    now: str  # Unix time
     created_on: str  # as text, so that no stored value is outside Python's range
     last_id: str  # the highest id that was ever used
     set_last_id: str
@@ -124,12 +152,15 @@ class _Dialect(NamedTuple):
     contains: str = ""  # the condition that a column contains a text
     returning: str = ""
     text: str = "{}"  # a column as text
+    on_duplicate: str = ""  # in an INSERT: update the row instead
 
 
 _DIALECTS = {
     "postgresql": _Dialect(
         table='"user"',
-        exists="""SELECT 1 WHERE to_regclass('"user"') IS NOT NULL""",
+        now="extract(epoch FROM now())::float8",
+        exists="SELECT 1 WHERE to_regclass(%s) IS NOT NULL",
+        on_duplicate="ON CONFLICT (account) DO UPDATE SET",
         # JSON has the ISO format whatever DateStyle is.
         created_on="replace(to_jsonb(date_trunc('second', created_on)) #>> '{}', 'T', ' ')",
         contains="""{} COLLATE "C" ILIKE %(pattern)s ESCAPE '!'""",
@@ -142,7 +173,10 @@ WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"
     ),
     "mysql": _Dialect(
         table="user",
-        exists="SHOW TABLES LIKE 'user'",
+        # unix_timestamp() depends on the time zone, in which an hour may occur twice.
+        now="(timestampdiff(microsecond, '1970-01-01', utc_timestamp(6)) / 1e6)",
+        exists="SHOW TABLES LIKE %s",
+        on_duplicate="ON DUPLICATE KEY UPDATE",
         created_on="LEFT(created_on, 19)",
         contains="LOWER({}) LIKE LOWER(%(pattern)s) ESCAPE '!'",
         last_id="SHOW CREATE TABLE user",
@@ -150,6 +184,7 @@ WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"
     ),
     "sqlite": _Dialect(  # for copies
         table='"user"',
+        now="",
         text="CAST({} AS TEXT)",
         created_on="CAST(created_on AS TEXT)",
         last_id="SELECT seq FROM sqlite_sequence WHERE name = 'user'",
@@ -407,7 +442,8 @@ class SQLAlchemyUsers:
         self._has_table = False
         self._valid_from = 0.0  # connections opened before this time are not used again
         self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
-        self.failures = profiler.Failures()
+        self._failures = SharedFailures(self)
+        self.failures: profiler.Failures = self._failures
         profiler.call_at_fork(self)
 
     def find(self, email: str) -> tuple[int, str] | None:
@@ -522,12 +558,15 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
         Raise FileExistsError if it holds users and `force` is false.
         """
-        created = self._create_table()
+        created = self._create_table(_USERS)
         if not force and (count := self.count()):
             raise FileExistsError(f"the table holds users ({count}): --force deletes them")
         if force and not created:
             self._attempt(lambda cursor: cursor.execute(f"DROP TABLE {self._table}"))
-            self._create_table()
+            self._create_table(_USERS)
+        if force:
+            # The ids begin again.
+            self._failures.clear_all()
         return created or force
 
     def backup(self, path: str) -> None:
@@ -550,25 +589,27 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         self._engine.dispose(close=False)
         self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
 
-    def _exists(self) -> bool:
-        """Return whether the table exists."""
-        return bool(
-            self._attempt(lambda cursor: _fetch(cursor, self._dialect.exists), is_read=True)
-        )
+    def _exists(self, table: Table = _USERS) -> bool:
+        """Return True if a table exists."""
+        statement = self._dialect.exists
+        rows = self._attempt(lambda cursor: _fetch(cursor, statement, (table.name,)), is_read=True)
+        return bool(rows)
 
-    def _create_table(self) -> bool:
-        """Create the table if it does not exist. Return whether it did."""
-        if self._exists():
+    def _create_table(self, table: Table) -> bool:
+        """Create a table if it does not exist. Return True if it was created."""
+        if self._exists(table):
             return False
-        statement = str(CreateTable(_USERS).compile(dialect=self._engine.dialect))
+        statement = str(CreateTable(table).compile(dialect=self._engine.dialect))
         try:
             self._attempt(lambda cursor: cursor.execute(statement))
-        except Unavailable:
+        except Unavailable as error:
+            if _code(error.__cause__) in (*READ_ONLY, *NO_TABLE):
+                raise
             # Another process may have created it at the same moment, which databases
             # report in many ways.
             for _ in range(ATTEMPTS):
                 time.sleep(PAUSE)
-                if self._exists():
+                if self._exists(table):
                     return False
             raise
         return True
@@ -621,7 +662,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         Unavailable.
         """
         if not self._has_table:
-            self._create_table()
+            self._create_table(_USERS)
             self._has_table = True
         return self._attempt(work, is_read)
 
@@ -703,6 +744,115 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             if connection.info["opened"] < self._valid_from:
                 connection.invalidate()
         connection.close()
+
+
+class SharedFailures(profiler.Failures):
+    """Counts wrong passwords in a table, for all processes and machines.
+
+    A failure that cannot be stored is counted in memory. The count of an account is the sum
+    of both, so that no guess is free, whatever happens to the database.
+    """
+
+    def __init__(self, users: SQLAlchemyUsers) -> None:
+        super().__init__()
+        self._users = users
+        self._has_table = False
+        self._has_warned = False
+        # Before this time, the table is not used.
+        self._retry_at = 0.0
+        now = users._dialect.now
+        oldest = f"{now} - {FORGET_FAILURES}"
+        self._select = (
+            f"SELECT count, {now} - last FROM profiler_failure "
+            f"WHERE account = %s AND last > {oldest}"
+        )
+        self._insert = f"""
+INSERT INTO profiler_failure (account, count, last) VALUES (%s, 1, {now})
+{users._dialect.on_duplicate}
+count = CASE WHEN profiler_failure.last > {oldest} THEN profiler_failure.count + 1 ELSE 1 END,
+last = {now}
+"""
+        self._update = (
+            f"UPDATE profiler_failure SET count = count + 1, last = {now} "
+            "WHERE account = %s AND count = %s"
+        )
+        self._forget = f"DELETE FROM profiler_failure WHERE last < {oldest}"
+
+    def get(self, account: int | bytes) -> tuple[int, float]:
+        """Return the count, and the seconds since the last wrong password."""
+        count, elapsed = super().get(account)
+        rows = self._try(lambda: self._users._read(self._select, (_hash(account),)))
+        if not rows:
+            return count, elapsed
+        [(stored, stored_elapsed)] = rows
+        # After a failover, the clock may be behind.
+        return count + stored, min(elapsed, max(0.0, stored_elapsed))
+
+    def add(self, account: int | bytes, expected: int | None = None) -> bool:
+        """Add one to the count. Return False if the count is not the expected one any more."""
+        in_memory, _ = super().get(account)
+        stored = 0 if expected is None else expected - in_memory
+        try:
+            added = self._try(lambda: self._add_to_table(account, stored))
+        except Unavailable:
+            added = None
+        if added is not None:
+            return added
+        if expected is None:
+            return super().add(account)
+        return self.get(account)[0] == expected and super().add(account, in_memory)
+
+    def clear(self, account: int | bytes) -> None:
+        """Set the count to 0. If that fails, it is forgotten after FORGET_FAILURES."""
+        super().clear(account)
+        statement = "DELETE FROM profiler_failure WHERE account = %s"
+        with contextlib.suppress(Unavailable):
+            self._try(lambda: self._execute(statement, (_hash(account),)))
+
+    def clear_all(self) -> None:
+        """Set all counts to 0."""
+        self.reset()
+        self._try(lambda: self._execute("DELETE FROM profiler_failure"))
+
+    def _add_to_table(self, account: int | bytes, stored: int) -> bool:
+        if stored:
+            return self._execute(self._update, (_hash(account), stored)) > 0
+        self._execute(self._insert, (_hash(account),))
+        if random.randrange(FORGET_EVERY) == 0:  # noqa: S311
+            self._execute(self._forget)
+        return True
+
+    def _execute(self, statement: str, parameters: Any = ()) -> int:
+        """Return the number of rows that a statement has changed."""
+
+        def execute(cursor: Any) -> int:
+            cursor.execute(statement, parameters)
+            return int(cursor.rowcount)
+
+        return self._users._run(execute)
+
+    def _try(self, use_table: Callable[[], Result]) -> Result | None:
+        """Return what a function returns, or None if there is no table to use."""
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            if not self._has_table:
+                self._users._create_table(_FAILURES)
+                self._has_table = True
+            return use_table()
+        except Unavailable as error:
+            if self._has_table and _code(error.__cause__) not in (*READ_ONLY, *NO_TABLE):
+                raise
+            self._has_table = False
+            self._retry_at = time.monotonic() + RETRY_FAILURES
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warning("profiler: each process counts wrong passwords by itself: %s", error)
+            return None
+
+
+def _hash(account: int | bytes) -> str:
+    return hashlib.sha256(str(account).encode()).hexdigest()
 
 
 # -- copying ---------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def database_url(server):
     takes longer."""
     if server not in _urls:
         _urls[server] = server.make_database()
-    server.execute(f"DROP TABLE IF EXISTS {server.table}", database_of(_urls[server]))
+    for table in (server.table, "profiler_failure"):
+        server.execute(f"DROP TABLE IF EXISTS {table}", database_of(_urls[server]))
     return _urls[server]
 
 
@@ -115,6 +116,18 @@ def fill_table(server, url, count, application):
         for i in range(1, count + 1)
     )
     server.execute(f"INSERT INTO {server.table} VALUES {rows}", database_of(url))
+
+
+@pytest.fixture
+def advance(server, database_url):
+    """A function that lets some seconds pass for the wrong passwords that are stored."""
+
+    def advance(seconds):
+        server.execute(
+            f"UPDATE profiler_failure SET last = last - {seconds}", database_of(database_url)
+        )
+
+    return advance
 
 
 def put(application, user_id=1, method="PUT", fields=None, **environ):
@@ -1085,6 +1098,256 @@ def test_guard_that_raises_leaves_the_user_unchanged(server, url, application):
             change(lambda current: 1 / 0)
     assert b'"First1"' in application.users.get(1)
     assert application.users.get_password_hash(1) == "x"
+
+
+# -- wrong passwords -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gunicorn(url, workers):
+    """Run gunicorn with so many processes. Yield a function that sends a password for an
+    email, and returns the status."""
+    pytest.importorskip("gunicorn")
+    port = servers.free_port()
+    settings = {"PROFILER_DATABASE": url, "PROFILER_ITERATIONS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-m", "gunicorn", "--preload", "--log-level", "warning"]
+    command += ["-w", str(workers), "--threads", "4", "--bind", f"127.0.0.1:{port}"]
+
+    def verify(email, password="wrong"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            body = json.dumps({"email": email, "password": password})
+            connection.request(
+                "POST", "/users/verify/", body, {"Content-Type": "application/json"}
+            )
+            return connection.getresponse().status
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return verify("nobody@example.com", "")
+
+    with subprocess.Popen(
+        [*command, "profiler_sqlalchemy:application"], env={**os.environ, **settings}
+    ) as process:
+        try:
+            servers.until(answers, 60, 0.1)
+            yield verify
+        finally:
+            process.terminate()
+
+
+def test_processes_share_the_limit_of_wrong_passwords(server, url, application, advance):
+    """10 guesses, and then one a minute, for an email that is known and for one that is not."""
+    post(application)
+    cores = profiler.count_cores()
+    with gunicorn(url, workers=8) as verify, ThreadPoolExecutor(64) as threads:
+
+        def guess(email, count):
+            return sorted(threads.map(verify, [email] * count))
+
+        for email in ("harry@example.com", "ron@example.com"):
+            assert [verify(email) for _ in range(11)] == [403] * 10 + [429]
+            assert guess(email, 64) == [429] * 64
+            advance(61)
+            assert guess(email, 64) == [403] + [429] * 63
+        # Several processes may begin before the first wrong password is counted. This
+        # machine's cores bound how many hash at the same time in each.
+        guesses = guess("luna@example.com", 64)
+        assert 10 <= guesses.count(403) < 10 + 8 * cores
+        application.accounts.reset_password(1, "5678")
+        assert verify("harry@example.com", "5678") == 200
+
+
+def test_wrong_passwords_at_once_exceed_the_limit_by_the_number_of_cores_at_most(application):
+    """Those that begin before the first one is counted."""
+    post(application)
+
+    def guess(number):
+        fields = {"email": "harry@example.com", "password": "wrong"}
+        return call(application, "POST", "/users/verify/", fields=fields).status
+
+    with ThreadPoolExecutor(64) as threads:
+        statuses = list(threads.map(guess, range(64)))
+    assert statuses.count(403) + statuses.count(429) == 64
+    assert 10 <= statuses.count(403) < 10 + profiler.count_cores()
+
+
+def verify(application, password="1234", email="harry@example.com"):
+    fields = {"email": email, "password": password}
+    return call(application, "POST", "/users/verify/", fields=fields)
+
+
+def test_right_password_reads_only_and_a_wrong_one_is_one_write(server, logged):
+    with make_app(logged) as application:
+        assert post(application).status == 201
+        verify(application)
+        with logged_statements(server, logged) as statements:
+            assert verify(application).status == 200
+            assert verify(application, "wrong").status == 403
+            assert verify(application, "wrong").status == 403
+    words = [statement.split()[0] for statement in statements]
+    right, first_wrong, second_wrong = words[:3], words[3:6], words[6:]
+    assert right == ["SELECT"] * 3
+    assert first_wrong == ["SELECT", "SELECT", "INSERT"]
+    assert second_wrong == ["SELECT", "SELECT", "UPDATE"]
+
+
+def test_wrong_passwords_are_found_by_the_primary_key(postgresql_server, mariadb_server):
+    for server, key in ((postgresql_server, "profiler_failure_pkey"), (mariadb_server, "PRIMARY")):
+        url = server.make_database()
+        with make_app(url) as application:
+            failures = application.users.failures
+            failures.get(1)
+            values = ", ".join(f"('{number}', 1, 9e9)" for number in range(3000))
+            server.execute(f"INSERT INTO profiler_failure VALUES {values}", database_of(url))
+            server.execute(
+                f"ANALYZE {'TABLE' * (key == 'PRIMARY')} profiler_failure", database_of(url)
+            )
+            select = failures._select.replace("%s", "'7'")
+            plan = server.execute(f"EXPLAIN {select}", database_of(url))
+            assert key in str(plan)
+
+
+def test_old_wrong_passwords_are_forgotten_and_deleted(server, url, application, advance):
+    failures = application.users.failures
+    for account in range(1, 4):
+        failures.add(account)
+    assert failures.get(1)[0] == 1
+    advance(601)
+    assert failures.get(1)[0] == 0
+    assert failures.add(1)
+    assert failures.get(1)[0] == 1
+    for _ in range(2000):
+        failures.add(4)
+        rows = server.execute("SELECT count(*) FROM profiler_failure", database_of(url))
+        if rows == [(2,)]:
+            break
+    assert rows == [(2,)]
+    assert (failures.get(1)[0], failures.get(2)[0]) == (1, 0)
+
+
+def test_count_is_changed_only_if_it_is_the_expected_one(application):
+    failures = application.users.failures
+    assert failures.add(b"a@x")
+    assert failures.add(b"a@x", expected=1)
+    assert not failures.add(b"a@x", expected=1)
+    count, elapsed = failures.get(b"a@x")
+    assert count == 2
+    assert 0 <= elapsed < 10
+    failures.clear(b"a@x")
+    assert failures.get(b"a@x")[0] == 0
+
+
+def test_new_table_has_no_wrong_passwords(application):
+    """Its ids begin at 1 again."""
+    post(application)
+    for _ in range(11):
+        verify(application, "wrong")
+    application.users.initialise(force=True)
+    post(application)
+    assert verify(application).status == 200
+
+
+def assert_limited_in_memory(application):
+    statuses = [verify(application, "wrong").status for _ in range(12)]
+    assert statuses == [403] * 10 + [429] * 2
+
+
+def test_without_the_right_to_create_its_table_wrong_passwords_are_counted_in_memory(
+    server, url, application, caplog
+):
+    """One line in the log says so."""
+    post(application)
+    assert caplog.records == []
+    with make_app(server.allow(url)) as limited:
+        assert_limited_in_memory(limited)
+        assert verify(limited, "wrong", "ron@example.com").status == 403
+    [record] = caplog.records
+    message = record.getMessage()
+    assert message.startswith("profiler: each process counts wrong passwords by itself: ")
+    assert "denied" in message
+    assert "\n" not in message
+    # Others still count in the table.
+    assert verify(application).status == 200
+
+
+def test_table_of_wrong_passwords_may_be_created_later(server, url, application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "RETRY_FAILURES", 0)
+    post(application)
+    with make_app(server.allow(url)) as limited:
+        for _ in range(5):
+            verify(limited, "wrong")
+        application.users.failures.get(1)
+        server.execute(
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON "
+            + ("" if isinstance(server, PostgreSQL) else f"{database_of(url)}.")
+            + "profiler_failure TO limited",
+            database_of(url),
+        )
+        statuses = [verify(limited, "wrong").status for _ in range(6)]
+    assert statuses == [403] * 5 + [429]
+    assert application.users.failures.get(1)[0] == 5
+
+
+def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
+    server, url, application, caplog
+):
+    post(application)
+    application.users.failures.get(1)
+    if isinstance(server, PostgreSQL):
+        name = database_of(url)
+        server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    else:
+        server.allow(url)
+        server.execute(f"GRANT SELECT ON {database_of(url)}.profiler_failure TO limited")
+        url = server.url(database_of(url), "limited")
+        server.execute("SET GLOBAL read_only = 1")
+    try:
+        with make_app(url) as replica:
+            assert verify(replica).status == 200
+            assert_limited_in_memory(replica)
+            [record] = caplog.records
+            assert "read" in record.getMessage() or "denied" in record.getMessage()
+    finally:
+        if isinstance(server, PostgreSQL):
+            server.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        else:
+            server.execute("SET GLOBAL read_only = 0")
+
+
+def test_wrong_password_that_cannot_be_stored_is_counted_in_memory(application, monkeypatch):
+    """For example because the disk is full. Otherwise guessing would be free."""
+    failures = application.users.failures
+    for _ in range(3):
+        failures.add(1)
+
+    def fail(*_):
+        raise profiler.Unavailable("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failures, "_add_to_table", fail)
+        seen = threading.Barrier(8)
+
+        def add(_):
+            count, _ = failures.get(1)
+            seen.wait(10)
+            return failures.add(1, expected=count)
+
+        with ThreadPoolExecutor(8) as threads:
+            assert sorted(threads.map(add, range(8))) == [False] * 7 + [True]
+        assert failures.get(1)[0] == 4
+    # The sum of both goes on.
+    assert failures.add(1, expected=4)
+    assert failures.get(1)[0] == 5
+    failures.clear(1)
+    assert failures.get(1)[0] == 0
+
+
+def test_wrong_passwords_are_limited_through_a_pooler(pooled_url):
+    with make_app(pooled_url) as one, make_app(pooled_url) as other:
+        post(one)
+        statuses = [verify(app, "wrong").status for app in [one, other] * 6]
+    assert statuses == [403] * 10 + [429] * 2
 
 
 # -- timeouts --------------------------------------------------------------------------
