@@ -256,13 +256,22 @@ def _location(url: URL) -> str:
 def _options(url: URL) -> dict[str, Any]:
     """Return the driver's options of a connection. Those in the URL take precedence."""
     if url.get_backend_name() == "mysql":
+        # The server gives up a statement when its client does.
+        patience = str(url.query.get("read_timeout"))
+        timeout = int(patience) if profiler.DIGITS.fullmatch(patience) else TIMEOUT
         options = {
             "connect_timeout": CONNECT_TIMEOUT,
             "read_timeout": TIMEOUT,
             "write_timeout": TIMEOUT,
             "charset": "utf8mb4",
-            # Without a strict mode, MySQL truncates what is too long.
-            "init_command": f"SET SESSION sql_mode='TRADITIONAL', innodb_lock_wait_timeout={LOCK_TIMEOUT}",
+            # Without a strict mode, MySQL truncates what is too long. Each of MySQL and
+            # MariaDB refuses the other's variable. MariaDB executes the first comment,
+            # MySQL the second.
+            "init_command": (
+                f"SET SESSION sql_mode='TRADITIONAL', innodb_lock_wait_timeout={LOCK_TIMEOUT}"
+                f" /*M!100108 , max_statement_time={timeout} */"
+                f" /*!50708 , max_execution_time={timeout * 1000} */"
+            ),
         }
     else:
         options = {

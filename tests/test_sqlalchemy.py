@@ -788,6 +788,24 @@ def test_default_of_mariadb_is_switched_off_by_a_value(mariadb_server):
         )
 
 
+def test_statement_of_mariadb_ends_when_its_client_gives_up(mariadb_server):
+    url = mariadb_server.make_database() + "?read_timeout=1"
+    with make_app(url) as application:
+        with pytest.raises(profiler.Unavailable):
+            application.users._read("SELECT SLEEP(30)")
+        name = database_of(url)
+        running = f"SELECT 1 FROM information_schema.processlist WHERE db = '{name}'"
+        until(lambda: not mariadb_server.execute(f"{running} AND info LIKE '%SLEEP(30)%'"))
+        setting = application.users._read("SELECT @@max_statement_time")
+        assert setting == [(1,)]
+
+
+@pytest.mark.parametrize(("option", "seconds"), [("", 10), ("?read_timeout=86400", 86400)])
+def test_statement_timeout_of_mariadb_is_the_read_timeout(mariadb_server, option, seconds):
+    with make_app(mariadb_server.make_database() + option) as application:
+        assert application.users._read("SELECT @@max_statement_time") == [(seconds,)]
+
+
 def test_connect_timeout_is_shared_by_several_hosts():
     def timeout(url):
         return profiler_sqlalchemy._options(profiler_sqlalchemy._parse_url(url))["connect_timeout"]
