@@ -284,7 +284,11 @@ def _options(url: URL) -> dict[str, Any]:
             "keepalives_count": 3,
             "tcp_user_timeout": TIMEOUT * 1000,  # milliseconds
         }
-    return {name: value for name, value in options.items() if name not in url.query}
+    options = {name: value for name, value in options.items() if name not in url.query}
+    if url.get_backend_name() == "mysql":
+        # As bytes, because PyMySQL encodes text as Latin-1.
+        options["password"] = str(url.query.get("password", url.password or "")).encode()
+    return options
 
 
 def _create_engine(url: URL) -> Engine:
@@ -415,7 +419,10 @@ def _message(error: BaseException) -> str:
     """
     if isinstance(error, DBAPIError) and error.orig:
         error = error.orig
-    if isinstance(error, configparser.Error):  # its message quotes a line of the file
+    # The messages of these quote a value or a line of a file, which may be a password.
+    if isinstance(error, UnicodeError):
+        return "an option in the URL has characters that the driver cannot send"
+    if isinstance(error, configparser.Error):
         return "the file in read_default_file is malformed: it needs a section [client]"
     text = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
     return re.sub("entry '.*' for", "entry for", " ".join(text.split()))

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import pytest
 
@@ -867,6 +868,35 @@ def test_wrong_password_or_unknown_option_is_503(server, url):
             answer = call(application)
             assert_unavailable(answer, reason)
             assert "Alohomora" not in answer.errors
+
+
+@pytest.mark.parametrize("password", ["ä", "漢\U0001f9d9", "s3cr/@: %2F+#?&=", "p"])
+@pytest.mark.parametrize("place", ["://odd:{}@{}", "://odd@{1}?password={0}"])
+def test_password_may_contain_any_characters(mariadb_server, password, place):
+    url = mariadb_server.make_database()
+    mariadb_server.execute(f"CREATE OR REPLACE USER odd IDENTIFIED BY '{password}'")
+    mariadb_server.execute(f"GRANT ALL ON {database_of(url)}.* TO odd")
+    address = url.partition("@")[2]
+    with make_app("mysql" + place.format(quote(password, safe=""), address)) as application:
+        assert call(application).status == 200
+
+
+def test_password_may_be_in_an_option_file(mariadb_server, tmp_path):
+    url = mariadb_server.make_database()
+    (tmp_path / "my.cnf").write_text(f"[client]\npassword={SECRET}\n")
+    with make_app(
+        f"{url.replace(f':{SECRET}', '')}?read_default_file={tmp_path}/my.cnf"
+    ) as application:
+        assert call(application).status == 200
+
+
+@pytest.mark.filterwarnings("ignore:.passwd. is deprecated")
+def test_characters_that_cannot_be_sent_are_not_logged(mariadb_server):
+    url = mariadb_server.make_database()
+    with make_app(f"{url.replace(f':{SECRET}', '')}?passwd=%E6%BC%A2") as application:
+        answer = call(application)
+    assert_unavailable(answer, "characters that the driver cannot send")
+    assert "6f22" not in answer.errors
 
 
 def test_malformed_option_file_is_reported_without_its_content(tmp_path):
