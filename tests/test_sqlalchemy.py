@@ -11,7 +11,6 @@ import pathlib
 import random
 import re
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
@@ -49,7 +48,7 @@ from servers import SECRET, MariaDB, PostgreSQL, database_of  # noqa: E402
 
 import profiler  # noqa: E402
 import profiler_sqlalchemy  # noqa: E402
-import test_profiler  # noqa: E402
+from test_profiler import *  # noqa: E402, F403
 
 
 @pytest.fixture(scope="session")
@@ -153,11 +152,9 @@ def assert_unavailable(answer, reason=""):
         assert secret not in answer.errors
 
 
-# -- the same claims, and the same responses -------------------------------------------
-
-for name, value in vars(test_profiler).items():
-    if name.startswith("test_") or name in ("pages", "people"):
-        globals()[name] = value
+# -- the same responses ----------------------------------------------------------------
+# The tests of test_profiler.py are imported above. They run here, too, with the fixtures of
+# this module.
 
 
 def user(**fields):
@@ -453,12 +450,13 @@ def test_text_that_is_too_long_is_not_truncated(application):
     assert application.users.count() == 0
 
 
-def test_encoding_that_cannot_store_every_character_is_503(postgresql_server):
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_encoding_that_cannot_store_every_character_is_503(postgresql_server, encoding):
     url = postgresql_server.make_database(
-        "ENCODING LATIN1 LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        f"ENCODING {encoding} LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
     )
     with make_app(url) as application:
-        assert_unavailable(call(application), "encoding of the database is LATIN1")
+        assert_unavailable(call(application), f"encoding of the database is {encoding}")
 
 
 def test_initialise_deletes_users_by_force_only(server, url, application):
@@ -491,6 +489,80 @@ def test_backup_names_the_programs_of_the_servers(application):
         application.users.backup("copy")
 
 
+PROBLEMS = [
+    ("postgresql", 'DROP CONSTRAINT "user_email_key_key"', "email_key has no unique index"),
+    ("postgresql", "DROP id, ADD id uuid DEFAULT gen_random_uuid()", "the ids are no integers"),
+    ("postgresql", "ALTER created_on TYPE timestamptz", "timestamp without time zone"),
+    ("postgresql", "ALTER email_key TYPE varchar(254) COLLATE blind", "equates é and e"),
+    ("postgresql", "DROP email_key", "email_key"),
+    ("postgresql", "DROP password", "password"),
+    ("mariadb", "DROP INDEX email_key", "email_key has no unique index"),
+    ("mariadb", "DROP INDEX email_key, ADD UNIQUE (email_key, id)", "email_key has no unique"),
+    ("mariadb", "DROP INDEX email_key, ADD UNIQUE (email_key(9))", "email_key has no unique"),
+    ("mariadb", "MODIFY id CHAR(36) NOT NULL", "the ids are no integers"),
+    ("mariadb", "MODIFY email_key VARCHAR(254) COLLATE utf8mb4_general_ci", "equates é and e"),
+    ("mariadb", "ENGINE = MyISAM", "must be InnoDB"),
+    ("mariadb", "DROP email_key", "email_key"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "problem"), PROBLEMS)
+def test_table_that_cannot_be_served_makes_health_503(request, name, change, problem):
+    server = request.getfixturevalue(f"{name}_server")
+    url = server.make_database()
+    with make_app(url) as application:
+        assert call(application, path="/health/").status == 200
+        if "blind" in change:
+            server.execute(
+                "CREATE COLLATION blind (provider = icu, locale = 'und-u-ks-level1', "
+                "deterministic = false)",
+                database_of(url),
+            )
+        server.execute(f"ALTER TABLE {server.table} {change}", database_of(url))
+        answer = call(application, path="/health/")
+        assert answer.status == 503
+        assert problem in answer.errors
+        assert answer.errors.count("\n") == 1
+
+
+def test_server_does_not_start_on_a_table_that_cannot_be_served(server, url, application):
+    application.users.count()
+    key = (
+        "DROP CONSTRAINT user_email_key_key"
+        if isinstance(server, PostgreSQL)
+        else "DROP INDEX email_key"
+    )
+    server.execute(f"ALTER TABLE {server.table} {key}", database_of(url))
+    with pytest.raises(SystemExit) as exit:
+        profiler_sqlalchemy.main(["--database", url, "--port", "0"])
+    location = application.users.location.partition("?")[0]
+    assert str(exit.value) == (
+        f"profiler: {location}: the table of users cannot be served: email_key has no unique index"
+    )
+
+
+def test_view_of_a_table_can_be_served(server, url, application):
+    post(application)
+    statements = [
+        f"ALTER TABLE {server.table} RENAME TO account",
+        f"CREATE VIEW {server.table} AS SELECT * FROM account",
+    ]
+    for statement in statements:
+        server.execute(statement, database_of(url))
+    try:
+        assert call(application, path="/health/").status == 200
+        assert put(application).status == 200
+    finally:
+        server.execute(f"DROP VIEW {server.table}", database_of(url))
+        server.execute("DROP TABLE account", database_of(url))
+
+
+def test_role_that_may_only_change_rows_can_check_the_table(server, url, application):
+    application.users.count()
+    with make_app(server.allow(url)) as limited:
+        assert call(limited, path="/health/").status == 200
+
+
 # -- rows of other programs ------------------------------------------------------------
 
 
@@ -518,31 +590,6 @@ def test_any_time_is_served(request, name, created_on, served):
         assert [user["created_on"] for user in call(application).json][1] == served
         assert call(application, path="/health/").status == 200
         assert put(application, 2, HTTP_IF_MATCH=get(application, 2).headers["ETag"]).status == 200
-
-
-def test_invalid_utf8_in_an_sql_ascii_database_is_served_as_replacement_characters(
-    postgresql_server,
-):
-    url = postgresql_server.make_database(
-        "ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
-    )
-    with make_app(url) as application:
-        fill_table(postgresql_server, url, 3, application)
-        postgresql_server.execute(
-            "UPDATE \"user\" SET first_name = E'H\\xffrry', password = E'\\xff' WHERE id = 2",
-            database_of(url),
-        )
-        assert get(application, 2).json["first_name"] == "H\ufffdrry"
-        assert [user["first_name"] for user in call(application).json] == [
-            "First1",
-            "H\ufffdrry",
-            "First3",
-        ]
-        fields = {"email": "user2@example.com", "password": "x"}
-        assert call(application, "POST", "/users/verify/", fields=fields).status == 403
-        assert put(application, 3, "PATCH", {"first_name": "漢"}).status == 200
-        assert get(application, 3).json["first_name"] == "漢"
-        assert call(application, path="/users/", QUERY_STRING="q=H").status == 200
 
 
 # -- connections -----------------------------------------------------------------------
@@ -715,6 +762,15 @@ def test_child_process_does_not_use_the_connections_of_its_parent(server, url, a
         ("mysql+asyncmy://app:h0rcrux@db/app", "asyncmy"),
         ("http://example.com/", "http://"),
         ("postgresql://app:h0rcrux@db:port/app", "invalid database URL"),
+        ("postgresql://app:h0rcrux@a:5432,b:5432/app", "?host=a,b&port=5432,5432"),
+        ("postgresql:/app:h0rcrux@db/app", "invalid database URL"),
+        ("postgresql:app:h0rcrux@db/app", "invalid database URL"),
+        ("mysql:/app:h0rcrux@db/app", "invalid database URL"),
+        ('mysql://app:h0rcrux@db/app?ssl={"rejectUnauthorized":true}', "write ssl_ca=FILE"),
+        ("mysql://app:h0rcrux@db/app?ssl=true", "write ssl_ca=FILE"),
+        ("mysql://app:h0rcrux@db/app?cursorclass=h0r", "option cursorclass"),
+        ("postgresql://app:h0rcrux@db/app?prepare_threshold=0", "option prepare_threshold"),
+        ("postgresql://app:h0rcrux@db/app?row_factory=h0r", "option row_factory"),
         ("://", "invalid database URL"),
     ],
 )
@@ -725,11 +781,31 @@ def test_invalid_url_is_rejected_without_its_password(url, named):
     assert error.value.__suppress_context__ or error.value.__context__ is None
 
 
-@pytest.mark.parametrize(("driver", "extra"), [("psycopg", "postgresql"), ("pymysql", "mysql")])
-def test_missing_driver_is_reported_with_the_extra_to_install(driver, extra, monkeypatch):
+@pytest.mark.parametrize(
+    ("driver", "scheme", "install"),
+    [
+        ("psycopg", "postgresql", 'pip install sqlalchemy "psycopg[binary]" for PostgreSQL'),
+        ("pymysql", "mysql", "pip install sqlalchemy pymysql for MySQL and MariaDB"),
+    ],
+)
+def test_missing_driver_is_reported_with_what_to_install(driver, scheme, install, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
-    with pytest.raises(ValueError, match=re.escape(f"pip install 'profiler-users[{extra}]'")):
-        profiler_sqlalchemy.create_app(f"{extra}://app@db/app")
+    with pytest.raises(ValueError, match=re.escape(install)):
+        profiler_sqlalchemy.create_app(f"{scheme}://app@db/app")
+
+
+def test_missing_sqlalchemy_is_reported_in_one_line(tmp_path):
+    missing = "No module named 'sqlalchemy'"
+    (tmp_path / "sqlalchemy.py").write_text(f'raise ImportError("{missing}")\n')
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
+    options = {"env": environ, "cwd": tmp_path, "capture_output": True, "text": True}
+    command = [sys.executable, "-m", "profiler_sqlalchemy", "--database", "postgresql://app@db/"]
+    output = subprocess.run(command, **options)
+    assert (output.returncode, output.stdout) == (1, "")
+    assert output.stderr.startswith(f"profiler: {missing}: pip install sqlalchemy ")
+    assert output.stderr.count("\n") == 1
+    output = subprocess.run([sys.executable, "-c", "import profiler_sqlalchemy"], **options)
+    assert output.stderr.splitlines()[-1].startswith(f"ImportError: {missing}: pip install ")
 
 
 @pytest.mark.parametrize(
@@ -742,8 +818,10 @@ def test_missing_driver_is_reported_with_the_extra_to_install(driver, extra, mon
         ("mariadb://app:h0rcrux@db.example:3307/app", "mysql://app@db.example:3307/app"),
         (
             "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433&target_session_attrs=read-write",
-            "postgresql://app@/app on a:5432, b:5433",
+            "postgresql://app@/app on a:5432,b:5433",
         ),
+        ("postgresql://app@/app?host=a,b&port=5432,5433", "postgresql://app@/app on a,b"),
+        ("postgresql://app@db.example/app\n", "postgresql://app@db.example/app"),
         ("postgresql:///app?host=/run/postgresql", "postgresql:///app on /run/postgresql"),
     ],
 )
@@ -808,8 +886,9 @@ def test_statement_timeout_of_mariadb_is_the_read_timeout(mariadb_server, option
 
 
 def test_connect_timeout_is_shared_by_several_hosts():
-    def timeout(url):
-        return profiler_sqlalchemy._options(profiler_sqlalchemy._parse_url(url))["connect_timeout"]
+    def timeout(text):
+        url = profiler_sqlalchemy._add_options(profiler_sqlalchemy._parse_url(text))
+        return int(url.query["connect_timeout"])
 
     assert timeout("postgresql://a/app") == 5
     assert timeout("postgresql:///app?host=a&host=b&host=c") == 3
@@ -895,7 +974,7 @@ def test_characters_that_cannot_be_sent_are_not_logged(mariadb_server):
     url = mariadb_server.make_database()
     with make_app(f"{url.replace(f':{SECRET}', '')}?passwd=%E6%BC%A2") as application:
         answer = call(application)
-    assert_unavailable(answer, "characters that the driver cannot send")
+    assert_unavailable(answer, "an option in the URL cannot be sent")
     assert "6f22" not in answer.errors
 
 
@@ -977,7 +1056,7 @@ def test_read_whose_connection_breaks_is_repeated_and_a_write_is_not(
         return "done"
 
     with contextlib.nullcontext() if is_read else pytest.raises(profiler.Unavailable):
-        assert application.users._attempt(work, is_read) == "done"
+        assert application.users._repeat(work, is_read) == "done"
     assert len(calls) == count
 
 
@@ -985,14 +1064,15 @@ def test_request_without_a_free_connection_is_503(url, monkeypatch):
     monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.05)
     with make_app(url) as busy, contextlib.ExitStack() as stack:
         for _ in range(profiler_sqlalchemy.POOL_SIZE):
-            stack.callback(busy.users._take(time.monotonic(), True).close)
+            assert busy.users._places.acquire()
+            stack.callback(busy.users._places.release)
         assert_unavailable(call(busy), "in use")
 
 
 def test_searches_leave_connections_to_other_requests(server, url, application, monkeypatch):
     monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.2)
     fill_table(server, url, 1, application)
-    with ThreadPoolExecutor(16) as threads, blocked_searches(application) as running:
+    with ThreadPoolExecutor(16) as threads, blocked_searches(monkeypatch) as running:
 
         def search(_):
             return call(application, QUERY_STRING="q=First")
@@ -1013,7 +1093,7 @@ def test_search_that_fails_makes_room_for_others(application, monkeypatch):
     monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0)
     application.users.count()
     with monkeypatch.context() as patch:
-        patch.setattr(application.users, "_read", lambda *_: 1 / 0)
+        patch.setattr(application.users, "_run", lambda *_: 1 / 0)
         for _ in range(2 * profiler_sqlalchemy.MAX_SEARCHES):
             with pytest.raises(ZeroDivisionError):
                 application.users.page(10, text="x")
@@ -1021,21 +1101,87 @@ def test_search_that_fails_makes_room_for_others(application, monkeypatch):
 
 
 @contextlib.contextmanager
-def blocked_searches(application):
+def blocked_searches(monkeypatch):
     """Let no search end before the block does. Yield a semaphore that counts those that run."""
-    read, running, go_on = application.users._read, threading.Semaphore(0), threading.Event()
+    fetch, running, go_on = profiler_sqlalchemy._fetch, threading.Semaphore(0), threading.Event()
 
-    def read_slowly(statement, parameters=()):
-        if "pattern" in parameters:
+    def fetch_slowly(cursor, statement, parameters=(), **options):
+        if "ESCAPE" in statement:
             running.release()
             assert go_on.wait(30)
-        return read(statement, parameters)
+        return fetch(cursor, statement, parameters, **options)
 
-    application.users._read = read_slowly
+    monkeypatch.setattr(profiler_sqlalchemy, "_fetch", fetch_slowly)
     try:
         yield running
     finally:
         go_on.set()
+
+
+@pytest.fixture
+def limited_to_three(server, url):
+    """A URL whose account may have three connections, which is less than the pool may have."""
+    with make_app(url) as application:
+        fill_table(server, url, 20, application)
+    command, limit, unlimited = (
+        ("ALTER ROLE limited CONNECTION LIMIT", 3, -1)
+        if isinstance(server, PostgreSQL)
+        else ("ALTER USER limited WITH MAX_USER_CONNECTIONS", 3, 0)
+    )
+    limited = server.allow(url)
+    server.execute(f"{command} {limit}")
+    yield limited
+    server.execute(f"{command} {unlimited}")
+
+
+@contextlib.contextmanager
+def three_connections_in_use(application):
+    """Hold three connections in the block."""
+    running, go_on = threading.Semaphore(0), threading.Event()
+
+    def hold(cursor):
+        running.release()
+        assert go_on.wait(30)
+
+    application.users.count()
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(3):
+            threads.submit(application.users._run, hold, True)
+        try:
+            for _ in range(3):
+                assert running.acquire(timeout=20)
+            yield
+        finally:
+            go_on.set()
+
+
+def test_request_waits_for_another_one_if_the_server_allows_no_more_connections(
+    limited_to_three, monkeypatch
+):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 20)
+    with make_app(limited_to_three) as application, ThreadPoolExecutor(4) as threads:
+        with three_connections_in_use(application):
+            waiting = [threads.submit(get, application, number) for number in range(1, 5)]
+            time.sleep(0.3)
+            assert not any(answer.done() for answer in waiting)
+        answers = [answer.result() for answer in waiting]
+        assert {(answer.status, answer.errors) for answer in answers} == {(200, "")}
+
+
+def test_request_is_503_if_no_other_one_returns_its_connection_in_time(
+    limited_to_three, monkeypatch
+):
+    with make_app(limited_to_three) as application, three_connections_in_use(application):
+        monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.2)
+        assert_unavailable(get(application), "connections")
+
+
+def test_without_a_connection_of_its_own_a_request_is_503_at_once(postgresql_server):
+    url = postgresql_server.make_database("CONNECTION LIMIT 0")
+    with make_app(postgresql_server.url(database_of(url), "limited")) as limited:
+        begin = time.monotonic()
+        assert_unavailable(call(limited), "too many connections for database")
+        assert time.monotonic() - begin < profiler_sqlalchemy.POOL_TIMEOUT
 
 
 def test_exception_other_than_an_error_of_the_driver_returns_the_connection(application):
@@ -1044,7 +1190,7 @@ def test_exception_other_than_an_error_of_the_driver_returns_the_connection(appl
 
     for _ in range(2 * profiler_sqlalchemy.POOL_SIZE):
         with pytest.raises(ZeroDivisionError):
-            application.users._attempt(work)
+            application.users._repeat(work)
     assert call(application).status == 200
 
 
@@ -1107,7 +1253,7 @@ def test_lost_prepared_statements_are_prepared_again(postgresql_server):
         post(application)
         for _ in range(10):
             assert get(application).status == 200
-        application.users._attempt(
+        application.users._repeat(
             lambda cursor: cursor.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")
         )
         assert get(application).status == 200
@@ -1256,22 +1402,23 @@ def test_wrong_passwords_are_found_by_the_primary_key(postgresql_server, mariadb
             assert key in str(plan)
 
 
-def test_old_wrong_passwords_are_forgotten_and_deleted(server, url, application, advance):
+def test_old_wrong_passwords_are_forgotten_and_deleted(
+    server, url, application, advance, monkeypatch
+):
+    monkeypatch.setattr(profiler_sqlalchemy, "FORGET_EVERY", 10**9)
     failures = application.users.failures
-    for account in range(1, 4):
+    for account in (1, 1, 2, 3):
         failures.add(account)
-    assert failures.get(1)[0] == 1
-    advance(601)
+    advance(599)
+    assert failures.get(1)[0] == 2
+    advance(2)
     assert failures.get(1)[0] == 0
     assert failures.add(1)
     assert failures.get(1)[0] == 1
-    for _ in range(2000):
-        failures.add(4)
-        rows = server.execute("SELECT count(*) FROM profiler_failure", database_of(url))
-        if rows == [(2,)]:
-            break
+    monkeypatch.setattr(profiler_sqlalchemy, "FORGET_EVERY", 1)
+    assert failures.add(4)
+    rows = server.execute("SELECT count(*) FROM profiler_failure", database_of(url))
     assert rows == [(2,)]
-    assert (failures.get(1)[0], failures.get(2)[0]) == (1, 0)
 
 
 def test_count_is_changed_only_if_it_is_the_expected_one(application):
@@ -1296,7 +1443,7 @@ def test_new_table_has_no_wrong_passwords(application):
     assert verify(application).status == 200
 
 
-def assert_limited_in_memory(application):
+def assert_limited(application):
     statuses = [verify(application, "wrong").status for _ in range(12)]
     assert statuses == [403] * 10 + [429] * 2
 
@@ -1308,7 +1455,7 @@ def test_without_the_right_to_create_its_table_wrong_passwords_are_counted_in_me
     post(application)
     assert caplog.records == []
     with make_app(server.allow(url)) as limited:
-        assert_limited_in_memory(limited)
+        assert_limited(limited)
         assert verify(limited, "wrong", "ron@example.com").status == 403
     [record] = caplog.records
     message = record.getMessage()
@@ -1332,9 +1479,8 @@ def test_table_of_wrong_passwords_may_be_created_later(server, url, application,
             + "profiler_failure TO limited",
             database_of(url),
         )
-        statuses = [verify(limited, "wrong").status for _ in range(6)]
-    assert statuses == [403] * 5 + [429]
-    assert application.users.failures.get(1)[0] == 5
+        assert_limited(limited)
+    assert application.users.failures.get(1)[0] == 10
 
 
 def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
@@ -1353,7 +1499,7 @@ def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
     try:
         with make_app(url) as replica:
             assert verify(replica).status == 200
-            assert_limited_in_memory(replica)
+            assert_limited(replica)
             [record] = caplog.records
             assert "read" in record.getMessage() or "denied" in record.getMessage()
     finally:
@@ -1365,30 +1511,18 @@ def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
 
 def test_wrong_password_that_cannot_be_stored_is_counted_in_memory(application, monkeypatch):
     """For example because the disk is full. Otherwise guessing would be free."""
-    failures = application.users.failures
-    for _ in range(3):
-        failures.add(1)
+    post(application)
+    verify(application, "wrong")
+    change = profiler_sqlalchemy._change
 
-    def fail(*_):
-        raise profiler.Unavailable("No space left on device")
+    def change_in_vain(cursor, statement, parameters=()):
+        if "profiler_failure" in statement:
+            raise profiler.Unavailable("No space left on device")
+        return change(cursor, statement, parameters)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(failures, "_add_to_table", fail)
-        seen = threading.Barrier(8)
-
-        def add(_):
-            count, _ = failures.get(1)
-            seen.wait(10)
-            return failures.add(1, expected=count)
-
-        with ThreadPoolExecutor(8) as threads:
-            assert sorted(threads.map(add, range(8))) == [False] * 7 + [True]
-        assert failures.get(1)[0] == 4
-    # The sum of both goes on.
-    assert failures.add(1, expected=4)
-    assert failures.get(1)[0] == 5
-    failures.clear(1)
-    assert failures.get(1)[0] == 0
+    monkeypatch.setattr(profiler_sqlalchemy, "_change", change_in_vain)
+    statuses = [verify(application, "wrong").status for _ in range(12)]
+    assert statuses == [403] * 10 + [429] * 2
 
 
 def test_wrong_passwords_are_limited_through_a_pooler(pooled_url):
@@ -1786,7 +1920,7 @@ def test_rows_are_copied_in_batches(filled, url, monkeypatch):
     """Statements for each row would take 15 times as long."""
     batches = []
     monkeypatch.setattr(
-        profiler_sqlalchemy._Side, "check", lambda side, rows: batches.append(len(rows))
+        profiler_sqlalchemy._Database, "check", lambda side, rows: batches.append(len(rows))
     )
     assert copy(filled, url) is None
     assert batches == [1000, 1000, 497]
@@ -1934,32 +2068,39 @@ def test_table_without_autoincrement_is_copied(path, url, application):
     assert post(application).json == {"id": 8}
 
 
-def test_source_that_changes_during_the_copy_is_not_copied(filled, url, application, monkeypatch):
-    copy_rows = profiler_sqlalchemy._copy_rows
+@pytest.fixture
+def after_the_last_batch(monkeypatch):
+    """A function that sets what happens once all rows were copied, before the commit."""
+    check = profiler_sqlalchemy._Database.check
 
-    def copy_slowly(*arguments):
-        copied = copy_rows(*arguments)
-        execute(
-            filled,
-            "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c@d', 'x')",
-        )
-        return copied
+    def patch(function):
+        def check_and_call(side, rows):
+            check(side, rows)
+            if len(rows) < 1000:
+                function()
 
-    monkeypatch.setattr(profiler_sqlalchemy, "_copy_rows", copy_slowly)
+        monkeypatch.setattr(profiler_sqlalchemy._Database, "check", check_and_call)
+
+    return patch
+
+
+def test_source_that_changes_during_the_copy_is_not_copied(
+    filled, url, application, after_the_last_batch
+):
+    insert = 'INSERT INTO "user" (first_name, last_name, email, password)'
+    after_the_last_batch(lambda: execute(filled, f"{insert} VALUES ('a', 'b', 'c@d', 'x')"))
     assert "has changed meanwhile" in copy(filled, url)
     assert application.users.count() == 0
 
 
-def test_server_lost_during_the_copy_is_left_without_users(filled, server, url, monkeypatch):
-    copy_rows = profiler_sqlalchemy._copy_rows
-
-    def copy_in_vain(*arguments):
-        copied = copy_rows(*arguments)
+def test_server_lost_during_the_copy_is_left_without_users(
+    filled, server, url, after_the_last_batch
+):
+    def restart():
         server.stop()
         server.start()
-        return copied
 
-    monkeypatch.setattr(profiler_sqlalchemy, "_copy_rows", copy_in_vain)
+    after_the_last_batch(restart)
     error = copy(filled, url)
     assert error.startswith("profiler: ")
     assert "\n" not in error
@@ -2003,30 +2144,6 @@ def test_copy_from_a_database_without_a_table_fails(mariadb_server, tmp_path):
         with pytest.raises(SystemExit, match="has no table of users"):
             profiler_sqlalchemy.main(["copy", url, str(target)])
     assert not target.exists()
-
-
-def test_progress_is_shown_on_a_terminal(filled, mariadb_server):
-    main, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [
-        sys.executable,
-        "-m",
-        "profiler_sqlalchemy",
-        "copy",
-        str(filled),
-        mariadb_server.make_database(),
-    ]
-    with subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=terminal
-    ) as process:
-        os.close(terminal)
-        shown = b""
-        with contextlib.suppress(OSError):  # at its end
-            while chunk := os.read(main, 1000):
-                shown += chunk
-        os.close(main)
-    assert process.returncode == 0
-    assert b"2497/2497" in shown
 
 
 # -- command line ----------------------------------------------------------------------
