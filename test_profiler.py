@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote, urlencode
 
 import pytest
 from conftest import (  # noqa: F401
@@ -537,6 +539,103 @@ def test_invalid_password_returns_400(application, name, value):
         )
 
 
+COMBINING = "a" + "\u0315" * 600 + "\u0334" * 600  # NFC takes quadratic time for it
+
+
+@pytest.fixture
+def never_normalised(monkeypatch):
+    class Unicodedata:
+        @staticmethod
+        def normalize(form, text):
+            assert len(text) <= 1024, "normalised"
+            return unicodedata.normalize(form, text)
+
+    monkeypatch.setattr(profiler, "unicodedata", Unicodedata)
+
+
+@pytest.mark.usefixtures("never_normalised")
+def test_new_password_of_more_than_1024_characters_returns_400(application, client):
+    problem = "must have at most 1024 characters"
+    fields = {**HARRY, "password": COMBINING}
+    assert client.post_json("/users/", fields, status=400).json == {"error": f"password {problem}"}
+    post(application)
+    for answer in (change(application, "1234", COMBINING), reset(application, COMBINING)):
+        assert (answer.status, answer.error) == (400, f"new_password {problem}")
+    assert change(application, "1234", COMBINING[:1024]).status == 204
+    assert verify(application, COMBINING[:1024]).status == 200
+
+
+@pytest.mark.usefixtures("never_normalised")
+def test_password_of_more_than_1024_characters_is_wrong(application):
+    post(application)
+    assert verify(application, COMBINING).json == WRONG
+    assert verify(application, COMBINING, "nobody@example.com").json == WRONG
+    assert change(application, COMBINING, "5678").json == WRONG
+
+
+# Emails of databases of earlier versions and of the tutorial.
+OLDER_EMAILS = [
+    "harry", "a@b@example.com", "soft\u00adhyphen@example.com", "heart\u2764\ufe0f@example.com",
+    "tab\t@example.com", "a b@example.com", "@", "\u200b@x", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("email", OLDER_EMAILS)
+def test_user_with_an_older_email_can_log_in_and_be_found(application, users, email):
+    """Verifying and finding compare. Only creating and changing judge."""
+    users.insert("H", "P", email, profiler.hash_password("1234", ITERATIONS))
+    assert verify(application, email=email).json == {"id": 1}
+    [user] = call(application, QUERY_STRING=urlencode({"email": email}, quote_via=quote)).json
+    assert user["email"] == email
+    assert call(application, "POST", fields={**HARRY, "email": email}).status == 400
+
+
+@pytest.mark.parametrize("email", OLDER_EMAILS)
+def test_unknown_older_email_is_403_or_an_empty_list(application, email):
+    post(application)
+    assert verify(application, email=email).json == WRONG
+    query = urlencode({"email": email}, quote_via=quote)
+    assert call(application, QUERY_STRING=query).json == []
+
+
+def test_login_that_was_verified_while_the_user_was_deleted_returns_403(
+    application, users, monkeypatch
+):
+    post(application)
+    monkeypatch.setattr(profiler, "verify_password", lambda *_: users.delete(1) is None)
+    assert verify(application).json == WRONG
+
+
+def test_login_that_was_verified_during_a_reset_returns_403(application, users, monkeypatch):
+    post(application)
+    theirs = profiler.hash_password("theirs", ITERATIONS)
+    verify_password = profiler.verify_password
+
+    def reset_meanwhile(*given):
+        is_right = verify_password(*given)
+        users.replace_password_hash(1, None, theirs)
+        return is_right
+
+    monkeypatch.setattr(profiler, "verify_password", reset_meanwhile)
+    assert verify(application).json == WRONG
+
+
+def test_login_beside_one_that_replaces_the_hash_succeeds(application, users, monkeypatch):
+    """A concurrent login of the same user may store a hash with another salt."""
+    post(application)
+    hashes = [profiler.hash_password("1234", ITERATIONS) for _ in range(2)]
+    verify_password = profiler.verify_password
+
+    def replace_meanwhile(*given):
+        if hashes:
+            users.replace_password_hash(1, None, hashes.pop())
+        return verify_password(*given)
+
+    monkeypatch.setattr(profiler, "verify_password", replace_meanwhile)
+    assert verify(application).json == {"id": 1}
+    assert hashes == []
+
+
 def test_hash_with_fewer_iterations_is_replaced_after_verification(application, accounts, users):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     assert verify(application, "x").status == 403
@@ -889,6 +988,21 @@ def test_email_combines_with_after_and_sort(pages):
 def test_plus_in_an_email_is_literal(client, query):
     client.post_json("/users/", {**HARRY, "email": "a+b@example.com"})
     assert ids(client, f"?email={query}") == [1]
+
+
+@pytest.mark.parametrize("query", ["q=Mary+Ann", "q=Mary%20Ann", "limit=1&q=mary+ann"])
+def test_plus_in_a_search_is_a_space(client, users, query):
+    """requests, URLSearchParams and urlencode write a space as a plus."""
+    users.insert("Mary Ann", "A", "a@example.com", "x")
+    users.insert("Mary+Ann", "B", "b@example.com", "x")
+    assert ids(client, f"?{query}") == [1]
+    assert ids(client, f"?{query.replace('+', '%2B').replace('%20', '%2B')}") == [2]
+
+
+def test_link_of_a_search_with_spaces_leads_to_the_next_page(client, users):
+    for number in range(3):
+        users.insert("Mary Ann", "A", f"{number}@example.com", "x")
+    assert follow(client, "/users/?q=Mary+Ann&limit=1") == [[1], [2], [3]]
 
 
 @pytest.mark.parametrize(

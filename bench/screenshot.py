@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 import profiler  # noqa: E402  # the one in this repository
 
 WIDTH, HEIGHT = 1120, 700  # pixels
-NAMES = """Harry Potter, Hermione Granger, Ron Weasley, Neville Longbottom, Ginny Weasley, Luna Lovegood, Draco Malfoy,
-Cedric Diggory, Minerva McGonagall"""
+NAMES = """Harry Potter, Hermione Granger, Ron Weasley, Neville Longbottom, Ginny Weasley,
+Luna Lovegood, Draco Malfoy, Cedric Diggory, Minerva McGonagall"""
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ files, the log and CGI."""
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
+import hmac
 import io
 import json
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 from concurrent.futures import ThreadPoolExecutor
 from wsgiref.validate import validator
 
@@ -25,6 +28,7 @@ from conftest import (
     TOKEN,
     call,
     copy_module,
+    execute,
     ignores_fork_warning,
     in_a_fork,
     needs_fork,
@@ -164,6 +168,54 @@ def test_rejected_requests_leave_no_memory_behind(guarded):
     left, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert left < 200 * 10_000 / 2
+
+
+# -- access ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host", ["127", "127.1", "127.0.1", "127.0.0.1.", "localhost.", "a.localhost", "0", "::1%lo"]
+)
+def test_other_spellings_of_loopback_return_421_without_token(application, host):
+    """Browsers and libraries disagree about them."""
+    assert call(application, HTTP_HOST=host).status == 421
+
+
+@pytest.mark.parametrize("given", [TOKEN, TOKEN[::-1], "x" * len(TOKEN)])
+def test_token_is_compared_with_each_valid_one_in_constant_time(path, monkeypatch, given):
+    compared = []
+
+    def compare_digest(a, b):
+        compared.append({a, b})
+        return hmac.compare_digest(a, b)
+
+    monkeypatch.setattr(profiler, "hmac", types.SimpleNamespace(compare_digest=compare_digest))
+    tokens = [TOKEN, TOKEN[::-1], TOKEN * 2]
+    with contextlib.closing(profiler.create_app(path, token=" ".join(tokens))) as application:
+        answer = call(application, HTTP_AUTHORIZATION=f"Bearer {given}")
+    assert answer.status == (200 if given in tokens else 401)
+    assert compared == [{given.encode(), token.encode()} for token in tokens]
+
+
+# -- endpoints -------------------------------------------------------------------------
+
+
+def test_link_of_a_search_writes_a_space_as_percent_20(application, users):
+    """A plus sign would be literal."""
+    for number in range(3):
+        users.insert("Tom", "Marvolo Riddle", f"{number}@example.com", "x")
+    link = call(application, QUERY_STRING="q=o%20R&limit=1").headers["Link"]
+    assert link == '</users/?limit=1&after=1&q=o%20R>; rel="next"'
+    query = link[1:].partition(">")[0].partition("?")[2]
+    assert [user["id"] for user in call(application, QUERY_STRING=query).json] == [2]
+
+
+def test_health_returns_503_for_a_table_without_a_column(application, path):
+    execute(path, "CREATE TABLE user (id INTEGER, first_name, last_name, email, created_on)")
+    answer = call(application, path="/health/")
+    assert (answer.status, "no such column: password" in answer.errors) == (503, True)
+    execute(path, "ALTER TABLE user ADD password")
+    assert call(application, path="/health/").status == 200
 
 
 # -- first use -------------------------------------------------------------------------
@@ -502,3 +554,22 @@ def test_private_names_are_used_in_their_own_section_only():
     ]
     assert [node.id for node in used if homes.get(node.id, section(node)) != section(node)] == []
     assert "_normalise" in homes
+
+
+# -- the tests -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted([HERE / "test_profiler.py", *HERE.glob("tests/*.py")]),
+    ids=lambda file: file.name,
+)
+def test_no_test_file_defines_a_name_twice(file):
+    """Only the second of two tests with the same name would run."""
+    definitions = [
+        node.name
+        for node in ast.parse(file.read_text("utf-8")).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    ]
+    assert definitions
+    assert [name for name, count in collections.Counter(definitions).items() if count > 1] == []

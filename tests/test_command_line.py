@@ -168,6 +168,26 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
             assert command.end(signal.SIGTERM) == (0, "", "")
 
 
+def test_signals_while_the_database_is_closed_do_not_change_the_exit_status(tmp_path):
+    program = """
+import os, signal, profiler
+serve, close = profiler.Server.serve, profiler.Users.close
+served = []
+def close_slowly(users):
+    for signum in (signal.SIGTERM, signal.SIGINT) * 2 if served else ():
+        os.kill(os.getpid(), signum)
+    close(users)
+profiler.Server.serve = lambda server: (serve(server), served.append(True))
+profiler.Users.close = close_slowly
+profiler.main(["--port", "0", "--no-access-log"])
+print(served)
+"""
+    copy_module(tmp_path)
+    with Command(tmp_path, command=(sys.executable, "-c", program)) as command:
+        command.address()
+        assert command.end(signal.SIGTERM) == (0, "[True]\n", "")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
 def test_nohup_is_honoured(tmp_path):
     with (
@@ -304,7 +324,7 @@ import os, profiler
 profiler.DRAIN_TIMEOUT = profiler.CLOSE_TIMEOUT = 0.1
 def page(users, *arguments):
     statement = {endless!r} if arguments[-1] else "SELECT 1"
-    users.database.read(users._searches if arguments[-1] else users._reads, statement)
+    users.database.read(users._search_connection if arguments[-1] else users._read_connection, statement)
     return b"", None
 profiler.Users.page = page
 profiler.main(["--port", "0", "--no-access-log"])
@@ -472,6 +492,7 @@ def test_token_is_required_and_opens_other_addresses_and_hosts(tmp_path):
         assert ask(address).status == 401
         assert ask(address, Authorization=f"Bearer {TOKEN}", Host="accounts.example").status == 200
         _, output, errors = command.end(signal.SIGTERM)
+    assert re.findall('" ([0-9]+) ', errors) == ["401", "200"]
     assert TOKEN not in command.url + command.banner + output + errors
 
 
@@ -562,7 +583,9 @@ def test_deleted_current_folder_is_one_line_and_exit_1(run, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "arguments", [["--port", "0"], ["initialise-database", "--force"], ["backup", "copy"]]
 )
-@pytest.mark.parametrize("content", [b"I am Tom Riddle. " * 100, b"I am Tom Riddle."])
+@pytest.mark.parametrize(
+    "content", [b"I am Tom Riddle. " * 100, b"I am Tom Riddle.", b"I"], ids=len
+)
 def test_file_that_is_no_database_is_one_line_and_exit_1(run, tmp_path, arguments, content):
     (tmp_path / "diary").write_bytes(content)
     status, output, errors = run("--database", "diary", *arguments)
@@ -570,6 +593,14 @@ def test_file_that_is_no_database_is_one_line_and_exit_1(run, tmp_path, argument
     assert "not a database" in errors
     assert (tmp_path / "diary").read_bytes() == content
     assert os.listdir(tmp_path) == ["diary"]
+
+
+def test_table_without_a_column_is_one_line_and_exit_1(run, path):
+    """Every request would fail on it."""
+    execute(path, "CREATE TABLE user (id INTEGER, first_name, last_name, email, created_on)")
+    status, output, errors = run("--port", "0")
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert "no such column: password" in errors
 
 
 def test_file_that_was_moved_is_not_recreated(tmp_path):

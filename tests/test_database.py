@@ -646,6 +646,22 @@ def test_backup_of_a_database_that_does_not_exist_creates_nothing(users, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
+def test_backup_of_another_database_changes_nothing_in_it(tmp_path, path):
+    """For example, if --database has a typing error."""
+    execute(path, "CREATE TABLE t (a)")
+    before = path.read_bytes()
+    profiler.Users(path).backup(str(tmp_path / "copy"))
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy", path.name]
+
+
+def test_backup_of_a_short_file_fails(tmp_path, path):
+    path.write_bytes(b"h" * 511)
+    with pytest.raises(OSError, match="not a database"):
+        profiler.Users(path).backup(str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
+
+
 # -- forks -----------------------------------------------------------------------------
 
 
@@ -673,6 +689,13 @@ def test_closing_during_a_fork_does_not_lock_the_database(application, users, mo
     users.close()
     users.database.after_fork_in_parent()
     assert write(application).status == 204
+
+
+def test_two_forks_at_once_leave_no_lock_held(application, users, monkeypatch):
+    monkeypatch.setattr(profiler, "CLOSE_TIMEOUT", 0.01)
+    for hook in ("before_fork", "before_fork", "after_fork_in_parent", "after_fork_in_parent"):
+        getattr(users.database, hook)()
+    assert (write(application).status, call(application).status) == (204, 200)
 
 
 @needs_fork
@@ -704,7 +727,7 @@ def test_daemon_whose_parent_ended_loses_no_write(application, path):
 @ignores_fork_warning
 def test_child_forked_during_a_transaction_can_read(application, users):
     assert users.count() == 0
-    with users.database.transaction(), users._reads.lock:
+    with users.database.transaction(), users._read_connection.lock:
         assert in_a_fork(lambda: call(application).status == 200)
 
 

@@ -18,7 +18,13 @@ def status_of(head):
 
 def test_head_becomes_a_wsgi_environ():
     """PEP 3333."""
-    head = b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\nHost: localhost:80\r\nX-Two: a\r\nx-two:\tb \r\nContent-Length: 2\r\n\r\n"
+    head = (
+        b"PUT /%75sers/1/?a=b%20c HTTP/1.1\r\n"
+        b"Host: localhost:80\r\n"
+        b"X-Two: a\r\n"
+        b"x-two:\tb \r\n"
+        b"Content-Length: 2\r\n\r\n"
+    )
     assert profiler.parse_head(head) == {
         "REQUEST_METHOD": "PUT",
         "PATH_INFO": "/users/1/",
@@ -148,6 +154,14 @@ def test_unknown_expectation_is_rejected():
     profiler.parse_head(GET.replace(b"1.1", b"1.0").replace(b"Host", b"Expect: a miracle\r\nHost"))
 
 
+def test_request_line_of_the_maximum_length_is_accepted():
+    path, others = b"/" + b"a" * (profiler.MAX_REQUEST_LINE - 15), b"Host: a\r\n\r\n"
+    line = b"GET %b HTTP/1.1\r" % path
+    assert len(line) == profiler.MAX_REQUEST_LINE
+    assert profiler.parse_head(line + b"\n" + others)["PATH_INFO"] == path.decode()
+    assert status_of(line.replace(b"/", b"/a", 1) + b"\n" + others) == 414
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [
@@ -200,6 +214,18 @@ def test_absolute_target_overrides_host():
     assert profiler.parse_head(head)["HTTP_HOST"] == "evil.example"
 
 
+def test_path_is_latin_1():
+    """PEP 3333: each character stands for a byte."""
+    head = GET.replace(b"/users/", b"/%e9%C3%A9/\xe9")
+    assert profiler.parse_head(head)["PATH_INFO"] == "/\u00e9\u00c3\u00a9/\u00e9"
+
+
+def test_asterisk_is_a_target():
+    """RFC 9112 3.2.4: OPTIONS * asks about the server."""
+    environ = profiler.parse_head(GET.replace(b"GET /users/", b"OPTIONS *"))
+    assert (environ["REQUEST_METHOD"], environ["PATH_INFO"]) == ("OPTIONS", "*")
+
+
 def test_absolute_target_without_a_path_is_the_root():
     """RFC 9110 4.2.3."""
     assert (
@@ -213,7 +239,7 @@ def test_absolute_target_without_a_path_is_the_root():
 def test_every_beginning_of_a_valid_head_is_accepted(head):
     line = head.index(b"HTTP/1.1\r\n") + 9
     for end in range(len(head)):
-        assert profiler.has_request_line(head[:end]) is (end > line)
+        assert profiler.check_request_start(head[:end]) is (end > line)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +258,6 @@ def test_every_beginning_of_a_valid_head_is_accepted(head):
 )
 def test_head_that_cannot_become_valid_is_rejected_early(beginning, status):
     with pytest.raises(profiler.HTTPError) as rejection:
-        profiler.has_request_line(beginning)
+        profiler.check_request_start(beginning)
         profiler.check_head_size(beginning)
     assert rejection.value.status == status
