@@ -453,27 +453,16 @@ def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -
         connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
 
 
-def _fetch(cursor: Any, statement: str, parameters: Any = (), **options: Any) -> Rows:
+def _fetch(cursor: Any, statement: str, parameters: Any = (), **options: Any) -> Any:
     """Execute a SELECT. Return its rows."""
     cursor.execute(statement, parameters, **options)
-    return list(cursor.fetchall())
+    return cursor.fetchall()
 
 
 def _change(cursor: Any, statement: str, parameters: Any = ()) -> int:
     """Execute a statement. Return the number of rows that it has found."""
     cursor.execute(statement, parameters)
     return int(cursor.rowcount)
-
-
-@contextlib.contextmanager
-def _hold(semaphore: threading.BoundedSemaphore, message: str) -> Iterator[None]:
-    """Hold a semaphore in the block. Raise Busy with a message if others do for too long."""
-    if not semaphore.acquire(timeout=POOL_TIMEOUT):
-        raise Busy(message)
-    try:
-        yield
-    finally:
-        semaphore.release()
 
 
 def _code(error: BaseException | None) -> object:
@@ -583,11 +572,7 @@ class SQLAlchemyUsers:
 SELECT {self._columns} FROM {self._dialect.table} WHERE {" AND ".join(conditions)}
 ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 """
-        if text:
-            with _hold(self._searches, f"{MAX_SEARCHES} other searches are running"):
-                rows = self._read(statement, parameters, **self._dialect.search_options)
-        else:
-            rows = self._read(statement, parameters)
+        rows = self._search(statement, parameters) if text else self._read(statement, parameters)
         return _to_json(rows[:limit]), rows[limit - 1][0] if len(rows) > limit else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
@@ -714,9 +699,18 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                     raise EmailTaken from None
             raise
 
-    def _read(self, statement: str, parameters: Any = (), **options: Any) -> Rows:
+    def _read(self, statement: str, parameters: Any = (), **options: Any) -> Any:
         """Return the rows of a SELECT."""
         return self._run(lambda cursor: _fetch(cursor, statement, parameters, **options), True)
+
+    def _search(self, statement: str, parameters: Any) -> Any:
+        """Return the rows of a SELECT that may take long. Raise Busy."""
+        if not self._searches.acquire(timeout=POOL_TIMEOUT):
+            raise Busy(f"{MAX_SEARCHES} other searches are running")
+        try:
+            return self._read(statement, parameters, **self._dialect.search_options)
+        finally:
+            self._searches.release()
 
     def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
         """Return how many rows a statement has found. Raise what the guard raises.
@@ -747,8 +741,12 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
         if table not in self._tables:
             self._create_table(table)
             self._tables.add(table)
-        with _hold(self._places, f"all {POOL_SIZE} connections to the database are in use"):
+        if not self._places.acquire(timeout=POOL_TIMEOUT):
+            raise Busy(f"all {POOL_SIZE} connections to the database are in use")
+        try:
             return self._repeat(operation, is_read)
+        finally:
+            self._places.release()
 
     def _repeat(self, operation: Callable[[Any], Result], is_read: bool = False) -> Result:
         """Return what an operation returns. Attempt it again if that is safe."""
@@ -799,7 +797,6 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
             # Drivers raise a TypeError for an unknown option, among others.
             except Exception as error:
                 message = _message(error)
-                timeout = start + POOL_TIMEOUT - time.monotonic()
                 pool: Any = self._engine.pool
                 # If the server allows no more connections, but the pool has some (its
                 # overflow counts from -POOL_SIZE), wait for one of these. Then let fewer
@@ -807,7 +804,8 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                 may_wait = pool.overflow() > -POOL_SIZE and re.search(
                     TOO_MANY_CONNECTIONS, message
                 )
-                if not may_wait or not self._places.acquire(timeout=timeout):
+                timeout = start + POOL_TIMEOUT - time.monotonic()
+                if not (may_wait and self._places.acquire(timeout=timeout)):
                     raise Unavailable(message) from None
                 timer = threading.Timer(RETRY_TIME, self._places.release)
                 timer.daemon = True
@@ -909,8 +907,9 @@ UPDATE profiler_failure SET count = count + 1, last = {now} WHERE account = %s A
         except Unavailable as error:
             self._users._tables.discard("profiler_failure")
             if not self._retry_at:
-                message = "profiler: each process counts wrong passwords by itself: %s"
-                logging.getLogger("profiler").warning(message, error)
+                logging.getLogger("profiler").warning(
+                    "profiler: each process counts wrong passwords by itself: %s", error
+                )
             self._retry_at = time.monotonic() + RETRY_FAILURES
             return None
 
@@ -946,8 +945,9 @@ def open_database(database: Path | None = None) -> profiler.Storage:
     if database is None:
         location = os.environ.get("PROFILER_DATABASE", "")
     # A URL without its slashes is no path: messages show paths, and would show its password.
-    is_url = re.match(r"\s*(postgres|mysql|mariadb)[\w+]*:|.*://", location)
-    return SQLAlchemyUsers(location) if is_url else profiler.Users(database)
+    if re.match(r"\s*(postgres|mysql|mariadb)[\w+]*:|.*://", location):
+        return SQLAlchemyUsers(location)
+    return profiler.Users(database)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -40,7 +40,7 @@ SELECT substr(md5(concat('f', seq % 5003)), 1, 7), substr(md5(concat('l', seq % 
     concat(substr(md5(concat('e', seq)), 1, 10), seq, '@', elt(seq % 3 + 1,
         'example.com', 'example.org', 'example.net')) AS email,
     (SELECT email), concat('pbkdf2:sha256:600000$', repeat('0', 96)),
-    TIMESTAMP '2020-01-01' + INTERVAL seq SECOND
+    TIMESTAMP('2020-01-01') + INTERVAL seq SECOND
 FROM seq_1_to_{users}
 """,
 }

@@ -112,7 +112,8 @@ def fill_table(server, url, count, application):
     """Create users 1 to count, without the application."""
     application.users.count()
     rows = ", ".join(
-        f"({i}, 'First{i}', 'Last{i}', 'user{i}@example.com', 'user{i}@example.com', 'x', '2026-11-22 10:50:00')"
+        f"({i}, 'First{i}', 'Last{i}', 'user{i}@example.com', 'user{i}@example.com', 'x', "
+        "'2026-11-22 10:50:00')"
         for i in range(1, count + 1)
     )
     server.execute(f"INSERT INTO {server.table} VALUES {rows}", database_of(url))
@@ -172,13 +173,17 @@ def passwords(old, new):
 
 
 HOSTILE = [
-    "", " ", "\t", None, 1, True, [], {}, "\0", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "x" * 255, "x" * 256,
-    "\U0001f9d9" * 255, "\U0001f9d9" * 256, "\uffff", "\U0010ffff", " a ", "a ", "'; DROP TABLE user; --", '"\\/',
+    "", " ", "\t", None, 1, True, [], {}, "\0", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800",
+    "x" * 255, "x" * 256,
+    "\U0001f9d9" * 255, "\U0001f9d9" * 256, "\uffff", "\U0010ffff", " a ", "a ",
+    "'; DROP TABLE user; --", '"\\/',
     "%s %(x)s :id ? {0} $1", "\u202e\u00e9e\u0301", "\ufeff", "100% _!\\",
 ]  # fmt: skip
 EMAILS = [
-    "HARRY@EXAMPLE.COM", "harry@example.com ", "harry@", "@example.com", "a@b@c", "a b@c", "\u00e9@x", "\u00c9@x",
-    "e@x", "E@X", "\u0130@x", "i@x", "\u017f@x", "s@x", "\U0001f9d9@x", "\U0001f409@x", "\u00df@x", "ss@x", "%@x",
+    "HARRY@EXAMPLE.COM", "harry@example.com ", "harry@", "@example.com", "a@b@c", "a b@c",
+    "\u00e9@x", "\u00c9@x",
+    "e@x", "E@X", "\u0130@x", "i@x", "\u017f@x", "s@x", "\U0001f9d9@x", "\U0001f409@x",
+    "\u00df@x", "ss@x", "%@x",
     "_@x", "a" * 252 + "@x", "a" * 253 + "@x", "\U0001f9d9" * 252 + "@x",
 ]  # fmt: skip
 IDS = [
@@ -196,11 +201,16 @@ IDS = [
     "\u0661",
 ]
 QUERIES = [
-    "limit=1", "limit=2&after=1", "limit=3&sort=-id", "limit=2&sort=-id&after=9", "sort=-id", "sort=id&after=5",
-    "limit=0", "limit=1001", "limit=x", "after=-1", "after=9223372036854775807", "after=9223372036854775808",
-    "email=harry@example.com", "email=HARRY@example.com", "email=nobody@example.com", "email=", "email=%C3%89@x",
-    "email=%C3%A9@x", "email=e@x&limit=1", "email=harry@example.com&after=1", "sort=name", "limit=1&limit=2",
-    "email=%F0%9F%A7%99@x", "email=%25@x", "email=%FF@x", "q=pot", "q=POT&limit=2", "q=%25", "q=_", "q=!", "q=%5C",
+    "limit=1", "limit=2&after=1", "limit=3&sort=-id", "limit=2&sort=-id&after=9", "sort=-id",
+    "sort=id&after=5",
+    "limit=0", "limit=1001", "limit=x", "after=-1", "after=9223372036854775807",
+    "after=9223372036854775808",
+    "email=harry@example.com", "email=HARRY@example.com", "email=nobody@example.com", "email=",
+    "email=%C3%89@x",
+    "email=%C3%A9@x", "email=e@x&limit=1", "email=harry@example.com&after=1", "sort=name",
+    "limit=1&limit=2",
+    "email=%F0%9F%A7%99@x", "email=%25@x", "email=%FF@x", "q=pot", "q=POT&limit=2", "q=%25",
+    "q=_", "q=!", "q=%5C",
     "q='", "q=%00", "q=ginny&sort=-id&limit=1", "q=potter&after=3&limit=2", "q=nobody", "q=",
 ]  # fmt: skip
 REQUESTS = [
@@ -563,6 +573,87 @@ def test_role_that_may_only_change_rows_can_check_the_table(server, url, applica
         assert call(limited, path="/health/").status == 200
 
 
+# -- the statements of the documentation -----------------------------------------------
+
+
+def documented_statements(title, number=0):
+    """Return the SQL statements in a code block of a section of docs/databases.md."""
+    text = servers.DOCUMENTATION.read_text("utf-8")
+    [(_, section)] = re.findall(rf"^(##+) {title}$(.*?)^##", text, re.MULTILINE | re.DOTALL)
+    block = re.findall(r"^```sql\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[number]
+    return [statement.strip() for statement in block.split(";") if statement.strip()]
+
+
+def number_of(server):
+    """The first code block is about PostgreSQL, the second about MySQL and MariaDB."""
+    return 0 if isinstance(server, PostgreSQL) else 1
+
+
+def test_documented_first_steps_give_all_rights_that_the_service_needs(server):
+    statements = documented_statements("PostgreSQL, MySQL, MariaDB", number_of(server))
+    for statement in statements:
+        server.execute(re.sub(r"\bapp\b", "documented", statement))
+    try:
+        url = server.url("documented", "documented").replace(SECRET, "secret")
+        with make_app(url) as application:
+            assert post(application).status == 201
+            assert_limited(application)
+            assert application.users.initialise(force=True)
+    finally:
+        server.execute("DROP DATABASE documented")
+        server.execute(f"DROP {'ROLE' if isinstance(server, PostgreSQL) else 'USER'} documented")
+
+
+def test_documented_tables_are_those_that_the_service_creates(server):
+    dialect = profiler_sqlalchemy._DIALECTS[
+        "mysql" if isinstance(server, MariaDB) else "postgresql"
+    ]
+    statements = documented_statements("The tables", number_of(server))
+    assert statements[0] == dialect.create_user.strip()
+    assert statements[1] == dialect.create_profiler_failure.strip()
+
+
+def test_documented_rights_are_enough(server, caplog):
+    url = server.make_database()
+    for statement in documented_statements("The tables", number_of(server)):
+        server.execute(statement.replace("TO app", "TO limited"), database_of(url))
+    with make_app(server.url(database_of(url), "limited")) as application:
+        assert call(application, path="/health/").status == 200
+        assert post(application).status == 201
+        assert put(application).status == 200
+        assert_limited(application, "ginny@example.com")
+        assert call(application, "DELETE", "/users/1/").status == 204
+    count = server.execute("SELECT count FROM profiler_failure", database_of(url))
+    assert count == [(10,)]
+    assert caplog.records == []
+
+
+def test_documented_index_serves_searches_at_every_limit(postgresql_server):
+    """Also once PostgreSQL has a plan for all texts: that of a statement that is prepared."""
+    url = postgresql_server.make_database()
+    name = database_of(url)
+    with make_app(url) as application:
+        application.users.count()
+        postgresql_server.execute(
+            """
+INSERT INTO "user" (first_name, last_name, email, email_key, password, created_on)
+SELECT md5('f' || n), md5('l' || n), n || '@x', n || '@x', 'x', now()
+FROM generate_series(1, 30000) AS n
+""",
+            name,
+        )
+        for statement in documented_statements("Many users"):
+            postgresql_server.execute(statement, name)
+        postgresql_server.execute('VACUUM ANALYZE "user"', name)
+        for limit in (1, 50, 1000):
+            for _ in range(12):
+                assert application.users.page(limit, text="zzqqxx") == (b"", None)
+            assert json.loads(b"[%b]" % application.users.page(limit, text="29999@X")[0])
+        # Each search looks into the index once for each of the three columns.
+        used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'user_search'"
+        until(lambda: postgresql_server.execute(used, name) == [(3 * 39,)])
+
+
 # -- rows of other programs ------------------------------------------------------------
 
 
@@ -615,7 +706,8 @@ def logged_statements(server, url):
         yield statements
         server.execute("SET GLOBAL general_log = 0")
         rows = server.execute(
-            f"SELECT argument FROM mysql.general_log WHERE thread_id = {thread} ORDER BY event_time"
+            "SELECT argument FROM mysql.general_log "
+            f"WHERE thread_id = {thread} ORDER BY event_time"
         )
         statements += [
             argument.decode() if isinstance(argument, bytes) else argument for (argument,) in rows
@@ -817,7 +909,8 @@ def test_missing_sqlalchemy_is_reported_in_one_line(tmp_path):
         ),
         ("mariadb://app:h0rcrux@db.example:3307/app", "mysql://app@db.example:3307/app"),
         (
-            "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433&target_session_attrs=read-write",
+            "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433"
+            "&target_session_attrs=read-write",
             "postgresql://app@/app on a:5432,b:5433",
         ),
         ("postgresql://app@/app?host=a,b&port=5432,5433", "postgresql://app@/app on a,b"),
@@ -1022,13 +1115,16 @@ def fail(server, url, times):
         *(
             [
                 f"""CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF; RETURN new; END $$""",
-                'CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user" FOR EACH ROW EXECUTE FUNCTION fail()',
+                IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF;
+                RETURN new; END $$""",
+                """CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user"
+                FOR EACH ROW EXECUTE FUNCTION fail()""",
             ]
             if isinstance(server, PostgreSQL)
             else [
                 f"""CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON user FOR EACH ROW
-                IF nextval(failures) <= {times} THEN SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF"""
+                IF nextval(failures) <= {times} THEN
+                SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF"""
             ]
         ),
     ]
@@ -1443,8 +1539,8 @@ def test_new_table_has_no_wrong_passwords(application):
     assert verify(application).status == 200
 
 
-def assert_limited(application):
-    statuses = [verify(application, "wrong").status for _ in range(12)]
+def assert_limited(application, email="harry@example.com"):
+    statuses = [verify(application, "wrong", email).status for _ in range(12)]
     assert statuses == [403] * 10 + [429] * 2
 
 
@@ -1752,9 +1848,12 @@ class Pgpool(servers.PostgreSQLProtocol):
     def create(self):
         settings = {
             "listen_addresses": "127.0.0.1", "port": self.port, "pcp_port": servers.free_port(),
-            "pcp_listen_addresses": "", "unix_socket_directories": self.folder, "socket_dir": self.folder,
-            "pcp_socket_dir": self.folder, "backend_clustering_mode": self.mode, "backend_hostname0": "127.0.0.1",
-            "backend_port0": self.server.port, "allow_clear_text_frontend_auth": "on", "num_init_children": 20,
+            "pcp_listen_addresses": "", "unix_socket_directories": self.folder,
+            "socket_dir": self.folder,
+            "pcp_socket_dir": self.folder, "backend_clustering_mode": self.mode,
+            "backend_hostname0": "127.0.0.1",
+            "backend_port0": self.server.port, "allow_clear_text_frontend_auth": "on",
+            "num_init_children": 20,
             "pid_file_name": self.folder / "pid", "logdir": self.folder, "sr_check_period": 0,
         }  # fmt: skip
         self.write(
@@ -1828,7 +1927,8 @@ def certificates(tmp_path_factory):
     )
     (folder / "extensions").write_text("subjectAltName = IP:127.0.0.1\n")
     openssl(
-        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+        "-CAcreateserial",
         "-out", "server.pem", "-extfile", "extensions",
     )  # fmt: skip
     return folder
@@ -1875,7 +1975,9 @@ def test_mariadb_is_used_only_with_a_verified_certificate_and_name(certificates)
 
 # -- copy ------------------------------------------------------------------------------
 
-ROWS = 'SELECT id, first_name, last_name, email, CAST(password AS TEXT), created_on FROM "user" ORDER BY id'
+ROWS = """
+SELECT id, first_name, last_name, email, CAST(password AS TEXT), created_on FROM "user" ORDER BY id
+"""
 
 
 def copy(*arguments):
@@ -1894,11 +1996,11 @@ def filled(path):
     execute(path, 'DELETE FROM "user" WHERE id IN (7, 2499, 2500)')
     execute(
         path,
-        "UPDATE \"user\" SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id",
+        "UPDATE user SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id",
     )
     execute(
         path,
-        "UPDATE \"user\" SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8",
+        "UPDATE user SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8",
     )
     return path
 
@@ -2226,7 +2328,10 @@ def test_invalid_url_exits_with_2(tmp_path):
 
 
 def test_profiler_imports_nothing_of_sqlalchemy_and_names_the_other_command(tmp_path):
-    program = "import profiler, sys; profiler.create_app('db').users.count(); print('sqlalchemy' in sys.modules)"
+    program = (
+        "import profiler, sys; profiler.create_app('db').users.count(); "
+        "print('sqlalchemy' in sys.modules)"
+    )
     environ = {**os.environ, "PYTHONPATH": str(HERE)}
     options = {"env": environ, "cwd": tmp_path, "capture_output": True, "text": True}
     assert subprocess.run([sys.executable, "-c", program], **options).stdout == "False\n"
