@@ -146,14 +146,20 @@ def test_names_are_returned_as_they_were_sent(client, name):
 
 PROFILE = {name: value for name, value in HARRY.items() if name != "password"}
 # Hashes of "swordfish", by Werkzeug 3.1, Django 5.2 and passlib 1.7.
-WERKZEUG = "pbkdf2:sha256:1000$SeaNOPFgaVEg7ok2$3e38a0509e844c4e1fb5419223d5c0fd220c4c38f8b5ff006da3ea798fa01ef7"
+WERKZEUG = (
+    "pbkdf2:sha256:1000$SeaNOPFgaVEg7ok2$"
+    "3e38a0509e844c4e1fb5419223d5c0fd220c4c38f8b5ff006da3ea798fa01ef7"
+)
 FOREIGN = {
-    "werkzeug scrypt": "scrypt:1024:8:1$9PpiEWsJGmx0rQ6n$3bc21a29a9b723096dbbbbf1e9aa0655c0bb58817d755a3d2a958ec273632"
+    "werkzeug scrypt": "scrypt:1024:8:1$9PpiEWsJGmx0rQ6n$"
+    "3bc21a29a9b723096dbbbbf1e9aa0655c0bb58817d755a3d2a958ec273632"
     "95b3312baeee1e0c83e772b6313c355d3a5b88dd9022a03c86440903cb48b6079dd",
     "django pbkdf2": "pbkdf2_sha256$1000$seasalt$US68T8TK6+4heFooeAgijEgTwzgbp6gzzJFYgZrT8ZE=",
-    "django scrypt": "scrypt$1024$seasalt$8$2$5VwF/7jgqBGmleQ6zyQ8Msa9fatHdfO2VSCFCX6EuA3mNCAdWHfAn/duKwrbYko9fzFq2mQW9"
+    "django scrypt": "scrypt$1024$seasalt$8$2$"
+    "5VwF/7jgqBGmleQ6zyQ8Msa9fatHdfO2VSCFCX6EuA3mNCAdWHfAn/duKwrbYko9fzFq2mQW9"
     "/vz+mNaWzqg6w==",
-    "passlib pbkdf2": "$pbkdf2-sha256$1000$kvLeG.M8Z8z5f48RIkQoxQ$OFA206B.vQj68S1DaKwEG15bvc62lHl/Dsz9dDj/WkA",
+    "passlib pbkdf2": "$pbkdf2-sha256$1000$kvLeG.M8Z8z5f48RIkQoxQ$"
+    "OFA206B.vQj68S1DaKwEG15bvc62lHl/Dsz9dDj/WkA",
 }
 
 
@@ -1366,8 +1372,9 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
         {"old_password": "swordfish", "new_password": "tuna fish"},
     )
     requests = [
-        ("POST", "/users/", harry), ("POST", "/users/", harry), ("GET", "/users/", None), ("GET", "/users/1/", None),
-        ("PUT", "/users/1/", harry), ("POST", "/users/verify/", harry), ("PUT", "/users/1/password/", passwords),
+        ("POST", "/users/", harry), ("POST", "/users/", harry), ("GET", "/users/", None),
+        ("GET", "/users/1/", None), ("PUT", "/users/1/", harry), ("POST", "/users/verify/", harry),
+        ("PUT", "/users/1/password/", passwords),
         ("PUT", "/users/1/password/", passwords), ("PUT", "/users/1/password/reset/", passwords),
         ("POST", "/users/", {**RON, "password_hash": "pbkdf2:sha256:10$" + "swordfish"}),
     ]  # fmt: skip

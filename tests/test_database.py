@@ -85,7 +85,9 @@ def test_import_opens_no_file(tmp_path):
     program = (
         "import sys; opened = []\n"
         "watched = ('open', 'sqlite3.connect')\n"
-        "sys.addaudithook(lambda event, args: opened.append(args[0]) if event in watched else None)\n"
+        "sys.addaudithook(\n"
+        "    lambda event, args: opened.append(args[0]) if event in watched else None\n"
+        ")\n"
         "import profiler\n"
         "print([name for name in opened if str(name).endswith(('sqlite3', '.sql'))])"
     )
@@ -286,7 +288,8 @@ def test_tutorial_database_is_served_as_it_is(client, path):
     )
     execute(
         path,
-        "INSERT INTO user (first_name, last_name, email, password, created_on) VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO user (first_name, last_name, email, password, created_on) "
+        "VALUES (?, ?, ?, ?, ?)",
         row,
     )
     assert client.get("/users/1/").json["created_on"] == "2020-01-02 03:04:05"
@@ -710,7 +713,10 @@ def test_two_forks_at_once_leave_no_lock_held(application, users, monkeypatch):
 def test_daemon_whose_parent_ended_loses_no_write(application, path):
     """Without locks of its own, its -wal file would be deleted by the next process that
     closes the database."""
-    other = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE user SET last_name = 1'); c.commit()"
+    other = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+        "c.execute('UPDATE user SET last_name = 1'); c.commit()"
+    )
     read, write = os.pipe()
     if os.fork() == 0:
         post(application)

@@ -26,7 +26,10 @@ from conftest import BODY, ITERATIONS, Answer, execute, fill, locked, until
 import profiler
 
 GET = b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
-POST_HEAD = b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+POST_HEAD = (
+    b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
 POST = POST_HEAD % len(BODY) + BODY
 DELETE = b"DELETE /users/9/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -1120,7 +1123,8 @@ def test_access_log_has_common_log_format_without_control_characters(application
         receive(connection)
     first, second, third, fourth = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
-        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 3',
+        r"127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "
+        r'"GET /users/ HTTP/1\.1" 200 3',
         first,
     )
     assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
