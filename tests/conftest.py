@@ -47,6 +47,12 @@ CREATE TABLE user (
 );
 """
 
+
+def not_on_windows(reason):
+    """Skip a test on Windows, which does or lacks something."""
+    return pytest.mark.skipif(os.name == "nt", reason=f"Windows {reason}")
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
