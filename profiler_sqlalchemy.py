@@ -172,10 +172,10 @@ def _to_json(rows: Sequence[Any]) -> bytes:
 # Theory of operation: the threads of a process share a pool of connections in
 # autocommit mode. Every operation is one statement, except writes with a precondition,
 # which lock the row in a transaction. Statements run on the driver's own cursor,
-# because SQLAlchemy's takes longer than the database. A thread that must not wait gets
-# WouldBlock. Whether a connection still works is tested before a write, if it was idle;
-# a read is simply repeated. A write whose connection broke is not, because it may have
-# been committed. After a fork, the child abandons its parent's connections.
+# because SQLAlchemy's takes longer than the database. Whether a connection still works
+# is tested before a write, if it was idle; a read is simply repeated. A write whose
+# connection broke is not, because it may have been committed. After a fork, the child
+# abandons its parent's connections.
 
 
 def _parse_url(text: str) -> URL:
@@ -382,12 +382,16 @@ def _fold(email: str) -> str:
     return re.sub("[A-Z]+", lambda match: match[0].lower(), email)
 
 
-class SQLAlchemyUsers(profiler.Users):
-    """The users in one database of a server. Threads and, after a fork, processes may
-    share the object.
+class SQLAlchemyUsers:
+    """The users in one database of a server: a profiler.Storage.
+
+    Threads and, after a fork, processes may share the object.
     """
 
-    def open(self, url: str) -> None:
+    # Any read may have to wait for the server.
+    reads_may_wait = True
+
+    def __init__(self, url: str) -> None:
         """Store the URL; connect to nothing yet. Raise ValueError."""
         parsed = _parse_url(url)
         self.location = _location(parsed)
@@ -399,6 +403,8 @@ class SQLAlchemyUsers(profiler.Users):
         self._get = f"SELECT {self._columns} FROM {self._table} WHERE id = %s"
         self._has_table = False
         self._valid_from = 0.0  # connections opened before this time are not used again
+        self.failures = profiler.Failures()
+        profiler.call_at_fork(self)
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with this email, or None."""
@@ -533,11 +539,10 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         self._valid_from = time.monotonic()
         self._engine.dispose()
 
-    def reset_locks(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Start without connections. A forked child drops those of its parent, but does
         not close them.
         """
-        super().reset_locks()
         self._engine.dispose(close=False)
 
     def _exists(self) -> bool:
@@ -599,7 +604,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 
     def _run(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
         """Return what `work` returns for a cursor, once there is a table. Raise Busy,
-        Unavailable, WouldBlock.
+        Unavailable.
         """
         if not self._has_table:
             self._create_table()
@@ -648,9 +653,7 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
         return code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
 
     def _take(self, start: float, is_read: bool) -> PoolProxiedConnection:
-        """Return a connection of the pool. Raise Busy, Unavailable, WouldBlock."""
-        if not profiler.this_thread.may_wait:
-            raise profiler.WouldBlock
+        """Return a connection of the pool. Raise Busy, Unavailable."""
         while True:
             try:
                 connection = self._engine.raw_connection()
@@ -707,7 +710,7 @@ _FIELDS = (
 class _Side:
     """The source or the target of a copy, with a connection that holds a transaction."""
 
-    def __init__(self, users: profiler.Users, connection: Connection) -> None:
+    def __init__(self, users: profiler.Storage, connection: Connection) -> None:
         self.location, self.connection = users.location, connection
         self.dialect = dialect = _DIALECTS[connection.dialect.name]
         self.is_sqlite = dialect is _DIALECTS["sqlite"]
@@ -781,7 +784,7 @@ class _Side:
                 raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
 
 
-def copy(source: profiler.Users, target: profiler.Users) -> str:
+def copy(source: profiler.Storage, target: profiler.Storage) -> str:
     """Copy all users, with ids, password hashes and times, or none. Return a sentence
     about it.
 
@@ -812,7 +815,7 @@ def copy(source: profiler.Users, target: profiler.Users) -> str:
 
 
 @contextlib.contextmanager
-def _connect(users: profiler.Users) -> Iterator[_Side]:
+def _connect(users: profiler.Storage) -> Iterator[_Side]:
     """Open a transaction for a copy. Commit at the end of the block, roll back if it raises."""
     if isinstance(users, SQLAlchemyUsers):
         with users._engine.execution_options(
@@ -859,22 +862,22 @@ def create_app(
     """Return a WSGI application as profiler.create_app does; the database may be a URL,
     too. Raise ValueError.
     """
-    return profiler.Application(open_database(database, iterations), token, anonymous)
+    accounts = profiler.Accounts(open_database(database), iterations)
+    return profiler.Application(accounts, token, anonymous)
 
 
 application = app = profiler.create_on_first_use(create_app)
 
 
-def open_database(
-    database: Path | None = None, iterations: int | str | None = None
-) -> profiler.Users:
-    """Return the users in the database of a URL or a path, with the defaults of
-    profiler.Users. Raise ValueError.
+def open_database(database: Path | None = None) -> profiler.Storage:
+    """Return the users in the database of a URL or a path, by default PROFILER_DATABASE.
+
+    Raise ValueError.
     """
     if database is None:
         database = os.environ.get("PROFILER_DATABASE") or None
-    is_url = "://" in os.fsdecode(database or "")
-    return (SQLAlchemyUsers if is_url else profiler.Users)(database, iterations)
+    location = os.fsdecode(database or "")
+    return SQLAlchemyUsers(location) if "://" in location else profiler.Users(database)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -897,7 +900,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     profiler.run_command(parser, argv, open_database)
 
 
-def _copy(arguments: argparse.Namespace, users: profiler.Users) -> None:
+def _copy(arguments: argparse.Namespace, users: profiler.Storage) -> None:
     try:
         with contextlib.closing(open_database(arguments.source)) as source:
             target = open_database(arguments.target) if arguments.target else users

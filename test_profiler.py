@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote, urlencode
 
 import pytest
 from conftest import (  # noqa: F401
     HARRY,
+    ITERATIONS,
     RON,
     TOKEN,
+    accounts,
     advance,
     application,
     call,
@@ -68,9 +72,9 @@ def test_create_stores_the_fields_and_ignores_others(client):
     }
 
 
-def test_create_stores_a_hash_of_the_password(client, users):
+def test_create_stores_a_hash_of_the_password(client, accounts, users):
     client.post_json("/users/", HARRY)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
     assert profiler.verify_password(users.get_password_hash(1), "1234")
 
 
@@ -162,12 +166,12 @@ def test_user_imported_with_foreign_hash_keeps_the_password(client, name):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_hash_is_replaced_after_successful_verification(client, users, name):
+def test_foreign_hash_is_replaced_after_successful_verification(client, accounts, users, name):
     client.post_json("/users/", {**PROFILE, "password_hash": FOREIGN[name]})
     client.post_json("/users/verify/", HARRY, status=403)
     assert users.get_password_hash(1) == FOREIGN[name]
     client.post_json("/users/verify/", {**HARRY, "password": "swordfish"}, status=200)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
 
 
 def test_imported_hash_in_own_format_is_kept(client, users):
@@ -535,23 +539,121 @@ def test_invalid_password_returns_400(application, name, value):
         )
 
 
-def test_hash_with_fewer_iterations_is_replaced_after_verification(application, users):
+COMBINING = "a" + "\u0315" * 600 + "\u0334" * 600  # NFC takes quadratic time for it
+
+
+@pytest.fixture
+def never_normalised(monkeypatch):
+    class Unicodedata:
+        @staticmethod
+        def normalize(form, text):
+            assert len(text) <= 1024, "normalised"
+            return unicodedata.normalize(form, text)
+
+    monkeypatch.setattr(profiler, "unicodedata", Unicodedata)
+
+
+@pytest.mark.usefixtures("never_normalised")
+def test_new_password_of_more_than_1024_characters_returns_400(application, client):
+    problem = "must have at most 1024 characters"
+    fields = {**HARRY, "password": COMBINING}
+    assert client.post_json("/users/", fields, status=400).json == {"error": f"password {problem}"}
+    post(application)
+    for answer in (change(application, "1234", COMBINING), reset(application, COMBINING)):
+        assert (answer.status, answer.error) == (400, f"new_password {problem}")
+    assert change(application, "1234", COMBINING[:1024]).status == 204
+    assert verify(application, COMBINING[:1024]).status == 200
+
+
+@pytest.mark.usefixtures("never_normalised")
+def test_password_of_more_than_1024_characters_is_wrong(application):
+    post(application)
+    assert verify(application, COMBINING).json == WRONG
+    assert verify(application, COMBINING, "nobody@example.com").json == WRONG
+    assert change(application, COMBINING, "5678").json == WRONG
+
+
+# Emails of databases of earlier versions and of the tutorial.
+OLDER_EMAILS = [
+    "harry", "a@b@example.com", "soft\u00adhyphen@example.com", "heart\u2764\ufe0f@example.com",
+    "tab\t@example.com", "a b@example.com", "@", "\u200b@x", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("email", OLDER_EMAILS)
+def test_user_with_an_older_email_can_log_in_and_be_found(application, users, email):
+    """Verifying and finding compare. Only creating and changing judge."""
+    users.insert("H", "P", email, profiler.hash_password("1234", ITERATIONS))
+    assert verify(application, email=email).json == {"id": 1}
+    [user] = call(application, QUERY_STRING=urlencode({"email": email}, quote_via=quote)).json
+    assert user["email"] == email
+    assert call(application, "POST", fields={**HARRY, "email": email}).status == 400
+
+
+@pytest.mark.parametrize("email", OLDER_EMAILS)
+def test_unknown_older_email_is_403_or_an_empty_list(application, email):
+    post(application)
+    assert verify(application, email=email).json == WRONG
+    query = urlencode({"email": email}, quote_via=quote)
+    assert call(application, QUERY_STRING=query).json == []
+
+
+def test_login_that_was_verified_while_the_user_was_deleted_returns_403(
+    application, users, monkeypatch
+):
+    post(application)
+    monkeypatch.setattr(profiler, "verify_password", lambda *_: users.delete(1) is None)
+    assert verify(application).json == WRONG
+
+
+def test_login_that_was_verified_during_a_reset_returns_403(application, users, monkeypatch):
+    post(application)
+    theirs = profiler.hash_password("theirs", ITERATIONS)
+    verify_password = profiler.verify_password
+
+    def reset_meanwhile(*given):
+        is_right = verify_password(*given)
+        users.replace_password_hash(1, None, theirs)
+        return is_right
+
+    monkeypatch.setattr(profiler, "verify_password", reset_meanwhile)
+    assert verify(application).json == WRONG
+
+
+def test_login_beside_one_that_replaces_the_hash_succeeds(application, users, monkeypatch):
+    """A concurrent login of the same user may store a hash with another salt."""
+    post(application)
+    hashes = [profiler.hash_password("1234", ITERATIONS) for _ in range(2)]
+    verify_password = profiler.verify_password
+
+    def replace_meanwhile(*given):
+        if hashes:
+            users.replace_password_hash(1, None, hashes.pop())
+        return verify_password(*given)
+
+    monkeypatch.setattr(profiler, "verify_password", replace_meanwhile)
+    assert verify(application).json == {"id": 1}
+    assert hashes == []
+
+
+def test_hash_with_fewer_iterations_is_replaced_after_verification(application, accounts, users):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     assert verify(application, "x").status == 403
     assert users.get_password_hash(1) == weak
     assert verify(application).status == 200
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{users.iterations}$")
+    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
     assert verify(application).status == 200
 
 
-def test_hash_changed_during_verification_is_not_replaced(application, users, monkeypatch):
+@pytest.mark.parametrize(("password", "status"), [("1234", 200), ("theirs", 403)])
+def test_hash_that_was_replaced_during_verification_is_verified_anew(
+    application, users, monkeypatch, password, status
+):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
-    replace = users.replace_password_hash
-    monkeypatch.setattr(
-        profiler, "hash_password", lambda *_: replace(1, weak, "theirs") and "ours"
-    )
-    assert verify(application).status == 200
-    assert users.get_password_hash(1) == "theirs"
+    theirs, replace = profiler.hash_password(password, ITERATIONS), users.replace_password_hash
+    monkeypatch.setattr(profiler, "hash_password", lambda *_: replace(1, weak, theirs) and "ours")
+    assert verify(application).status == status
+    assert users.get_password_hash(1) == theirs
 
 
 def test_verify_succeeds_even_if_the_new_hash_cannot_be_stored(application, users, monkeypatch):
@@ -888,6 +990,21 @@ def test_plus_in_an_email_is_literal(client, query):
     assert ids(client, f"?email={query}") == [1]
 
 
+@pytest.mark.parametrize("query", ["q=Mary+Ann", "q=Mary%20Ann", "limit=1&q=mary+ann"])
+def test_plus_in_a_search_is_a_space(client, users, query):
+    """requests, URLSearchParams and urlencode write a space as a plus."""
+    users.insert("Mary Ann", "A", "a@example.com", "x")
+    users.insert("Mary+Ann", "B", "b@example.com", "x")
+    assert ids(client, f"?{query}") == [1]
+    assert ids(client, f"?{query.replace('+', '%2B').replace('%20', '%2B')}") == [2]
+
+
+def test_link_of_a_search_with_spaces_leads_to_the_next_page(client, users):
+    for number in range(3):
+        users.insert("Mary Ann", "A", f"{number}@example.com", "x")
+    assert follow(client, "/users/?q=Mary+Ann&limit=1") == [[1], [2], [3]]
+
+
 @pytest.mark.parametrize(
     "query", ["email=%C5%BC%C3%B3%C5%82w@EXAMPLE.com", "email=żółw@example.com"]
 )
@@ -904,7 +1021,7 @@ def test_email_parameter_may_contain_any_letters(application, query):
             ["", "0", "-1", "1001", "1.0", "ten", "+1", "%D9%A3", "9" * 5000, "1%0A", "1,2"],
         ),
         ("after", ["", "-1", "9223372036854775808", "0x1", "0" * 5000, "x", "x&limit=5"]),
-        ("email", ["", "harry", "a@b@c", "a%20b@c", "%00@b", "%FF@%0A", "a@b%E2%80%8B"]),
+        ("email", ["%00@b"]),
         ("q", ["%00", "a%0Ab", "%C2%85", "a" * 256]),
     ],
 )
@@ -1250,7 +1367,7 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
     ]
     secrets = ["swordfish", "tuna fish", users.get_password_hash(1).split("$")[2]]
     for name in ("create", "update", "verify", "change_password", "reset_password"):
-        monkeypatch.setattr(users, name, lambda *_: 1 / 0)
+        monkeypatch.setattr(application.accounts, name, lambda *_, **__: 1 / 0)
     failed = [
         call(application, *request[:2], fields=request[2]) for request in requests if request[2]
     ]
@@ -1316,9 +1433,9 @@ def test_token_opens_all_hosts(guarded):
     assert call(guarded, HTTP_HOST="accounts.example.com").status == 401
 
 
-def test_any_of_several_tokens_is_valid(users):
+def test_any_of_several_tokens_is_valid(accounts):
     tokens = ["first-token-0123456", "second-token-012345", TOKEN]
-    rotating = profiler.Application(users, token="\r\n".join(tokens) + "\n\n")
+    rotating = profiler.Application(accounts, token="\r\n".join(tokens) + "\n\n")
     assert {call(rotating, HTTP_AUTHORIZATION=f"Bearer {token}").status for token in tokens} == {
         200
     }
@@ -1392,12 +1509,14 @@ def test_forwarded_host_is_ignored(application):
     )
 
 
-def test_anonymous_application_serves_any_host(users):
+def test_anonymous_application_serves_any_host(accounts):
     assert (
-        call(profiler.Application(users, anonymous=True), HTTP_HOST="accounts.example.com").status
+        call(
+            profiler.Application(accounts, anonymous=True), HTTP_HOST="accounts.example.com"
+        ).status
         == 200
     )
 
 
-def test_anonymous_does_not_disable_the_token(users):
-    assert call(profiler.Application(users, token=TOKEN, anonymous=True)).status == 401
+def test_anonymous_does_not_disable_the_token(accounts):
+    assert call(profiler.Application(accounts, token=TOKEN, anonymous=True)).status == 401

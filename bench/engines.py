@@ -75,7 +75,8 @@ def bare(connection, table):
             else:
                 email = f"{user_id}.{random.random()}@b.c"
                 cursor.execute(
-                    f"UPDATE {table} SET first_name = %s, last_name = %s, email = %s, email_key = %s WHERE id = %s",
+                    f"UPDATE {table} SET first_name = %s, last_name = %s, "
+                    "email = %s, email_key = %s WHERE id = %s",
                     ("F", "L", email, email, user_id),
                 )
         return (b"",)
@@ -211,11 +212,14 @@ def main():
             connection = stack.enter_context(contextlib.closing(server.connect(database_of(url))))
             drivers[who] = bare(connection, server.table)
         postgresql_version = postgresql_server.execute("SHOW server_version")[0][0]
-        versions = f"PostgreSQL {postgresql_version}, MariaDB {mariadb_server.execute('SELECT version()')[0][0]}"
+        mariadb_version = mariadb_server.execute("SELECT version()")[0][0]
         head = (
-            f"# Results on three databases\n\nMade by `python bench/engines.py` on {datetime.date.today()}: "
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, "
-            f"psycopg {version('psycopg')}, PyMySQL {version('pymysql')}, servers and clients on the same machine.\n"
+            "# Results on three databases\n\n"
+            f"Made by `python bench/engines.py` on {datetime.date.today()}: "
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"PostgreSQL {postgresql_version}, MariaDB {mariadb_version}, "
+            f"psycopg {version('psycopg')}, PyMySQL {version('pymysql')}, "
+            "servers and clients on the same machine.\n"
         )
         report = [
             *measure_in_process(urls, peer, drivers, quick),

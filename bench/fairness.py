@@ -26,7 +26,9 @@ import time
 HERE = pathlib.Path(__file__).parent
 FILL = """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
 INSERT INTO user (first_name, last_name, email, password)
-SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com', 'pbkdf2:sha256:600000$' || hex(zeroblob(32)) FROM n"""
+SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com',
+    'pbkdf2:sha256:600000$' || hex(zeroblob(32))
+FROM n"""
 GET = b"GET /users/7/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 

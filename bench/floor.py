@@ -3,8 +3,11 @@ and answer."""
 
 import sqlite3
 
-ONE_USER = """SELECT json_object('id', id, 'first_name', first_name, 'last_name', last_name, 'email', email,
-'created_on', created_on) FROM user WHERE id = ?"""
+ONE_USER = """
+SELECT json_object('id', id, 'first_name', first_name, 'last_name', last_name, 'email', email,
+    'created_on', created_on)
+FROM user WHERE id = ?
+"""
 
 
 def make_app(database):

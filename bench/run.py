@@ -45,11 +45,12 @@ import profiler  # noqa: E402
 
 FILL = """WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
 INSERT INTO user (first_name, last_name, email, password)
-SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com', 'pbkdf2:sha256:600000$' || hex(zeroblob(32)) FROM n"""
+SELECT 'First' || i, 'Last' || i, 'user' || i || '@example.com',
+    'pbkdf2:sha256:600000$' || hex(zeroblob(32))
+FROM n"""
 SCHEMA = (HERE.parent / "schema.sql").read_text()
-TUTORIAL = SCHEMA.replace(
-    " COLLATE NOCASE", ""
-)  # the tutorial's table, in its rollback-journal file
+# The tutorial's table, in its rollback-journal file.
+TUTORIAL = SCHEMA.replace(" COLLATE NOCASE", "")
 COLOURS = {"profiler": "#2a6f97", "other": "#a9b4c2"}
 
 
@@ -474,14 +475,15 @@ def measure_start(folder, quick):
     with serving(profiler_server(), fill(folder, "idle", 100_000)) as (process, _):
         idle = psutil.Process(process.pid).memory_info().rss / 2**20
 
-    environ = {
-        **os.environ,
-        "PYTHONPYCACHEPREFIX": str(folder),
-    }  # both are compiled before they are measured
+    # Both are compiled before they are measured.
+    environ = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder)}
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def seconds(module, where):
-        program = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+        program = (
+            "import time; start = time.perf_counter(); "
+            f"import {module}; print(time.perf_counter() - start)"
+        )
         values = []
         for _ in range(4 if quick else 16):
             run = subprocess.run(
@@ -596,9 +598,10 @@ def main():
         for package in ("flask", "bottle", "falcon", "gunicorn", "waitress", "granian")
     )
     head = (
-        f"# Results\n\nMade by `python bench/run.py{' --quick' if quick else ''}` on {datetime.date.today()}: "
-        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"SQLite {sqlite3.sqlite_version}, {packages}.\n"
+        "# Results\n\n"
+        f"Made by `python bench/run.py{' --quick' if quick else ''}` on {datetime.date.today()}: "
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {packages}.\n"
     )
     text = "\n".join([head, *report])
     print(text)

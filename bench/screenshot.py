@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 import profiler  # noqa: E402  # the one in this repository
 
 WIDTH, HEIGHT = 1120, 700  # pixels
-NAMES = """Harry Potter, Hermione Granger, Ron Weasley, Neville Longbottom, Ginny Weasley, Luna Lovegood, Draco Malfoy,
-Cedric Diggory, Minerva McGonagall"""
+NAMES = """Harry Potter, Hermione Granger, Ron Weasley, Neville Longbottom, Ginny Weasley,
+Luna Lovegood, Draco Malfoy, Cedric Diggory, Minerva McGonagall"""
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def serve(folder: str) -> Iterator[str]:
     application = profiler.create_app(f"{folder}/db.sqlite3", iterations=1)
     for name in NAMES.split(","):
         first_name, last_name = name.split()
-        application.users.create(
+        application.accounts.create(
             first_name, last_name, f"{first_name}.{last_name}@example.com".lower(), "alohomora"
         )
     address = ("127.0.0.1", 0)

@@ -229,6 +229,11 @@ def application(path):
 
 
 @pytest.fixture
+def accounts(application):
+    return application.accounts
+
+
+@pytest.fixture
 def users(application):
     return application.users
 
@@ -240,9 +245,9 @@ def client(application):
 
 
 @pytest.fixture
-def guarded(users):
+def guarded(accounts):
     """An application on the same users that requires TOKEN."""
-    return profiler.Application(users, token=TOKEN)
+    return profiler.Application(accounts, token=TOKEN)
 
 
 @pytest.fixture

@@ -117,14 +117,32 @@ def test_body_that_breaks_off_or_stalls_is_the_clients_error(application, error)
     assert (answer.status, answer.errors) == (400, "")
 
 
+# A chunked body that the server decodes.
+CHUNKED = {
+    "HTTP_TRANSFER_ENCODING": "chunked",
+    "wsgi.input_terminated": True,
+    "CONTENT_LENGTH": "",
+}
+
+
 def test_chunked_body_decoded_by_the_server_is_read_up_to_the_limit(application):
-    chunked = {
-        "HTTP_TRANSFER_ENCODING": "chunked",
-        "wsgi.input_terminated": True,
-        "CONTENT_LENGTH": "",
-    }
-    assert post(application, **chunked).status == 201
-    assert post(application, b" " * (profiler.MAX_BODY + 1), **chunked).status == 413
+    assert post(application, **CHUNKED).status == 201
+    assert post(application, b" " * (profiler.MAX_BODY + 1), **CHUNKED).status == 413
+
+
+class BreakingOff(io.BytesIO):
+    """Fails where another stream would end."""
+
+    def read(self, size=-1):
+        if part := super().read(size):
+            return part
+        raise ValueError("bad chunk")
+
+
+def test_chunked_body_that_breaks_off_is_not_taken_for_complete(application, users):
+    answer = post(application, **CHUNKED, **{"wsgi.input": BreakingOff(BODY)})
+    assert (answer.status, "could not be read" in answer.error) == (400, True)
+    assert users.count() == 0
 
 
 def test_chunked_body_not_decoded_by_the_server_returns_411(application):
@@ -164,7 +182,7 @@ def test_body_that_is_no_json_object_returns_400_with_the_reason(application, bo
 @pytest.mark.parametrize(
     "value", ["NaN", "-Infinity", "1", "1" * 10_000, "true", "null", "[]", "{}"]
 )
-def test_field_that_is_no_string_returns_400_naming_it(application, value):
+def test_json_value_that_is_no_string_returns_400_naming_the_field(application, value):
     assert post(application).status == 201
     answer = call(
         application,

@@ -94,7 +94,7 @@ class Page:
     def open(self, *users, application=None):
         """Create these users, open the page and wait for the list."""
         for user in users:
-            application.users.create(*user)
+            application.accounts.create(*user)
         self.browser.get(self.address)
         self.until(lambda: self.rows or self.text("#empty"))
         return self
@@ -428,7 +428,7 @@ def test_new_user_is_shown_at_once(page, application):
     page.until_status("Harry Potter was created.")
     page.until(lambda: page.rows[0][:3] == list(HARRY[:3]))
     assert page.focus == "New user"
-    assert application.users.verify("harry@example.com", "1234") == LIMIT + 1
+    assert application.accounts.verify("harry@example.com", "1234") == LIMIT + 1
 
 
 @pytest.mark.parametrize(
@@ -667,7 +667,7 @@ def test_password_is_checked(page, application):
     page.press("Check password")
     page.until(lambda: page.message("Password") == "This password is correct.")
     assert page.field("Password").get_attribute("aria-invalid") == "false"
-    assert application.users.verify("harry@example.com", "1234") == 1
+    assert application.accounts.verify("harry@example.com", "1234") == 1
 
 
 def test_password_is_set_without_the_old_one(page, application):
@@ -678,9 +678,9 @@ def test_password_is_set_without_the_old_one(page, application):
     page.type(Password="5678")
     page.press("Set password")
     page.until_status("The password of Harry Potter was set.")
-    assert application.users.verify("harry@example.com", "5678") == 1
+    assert application.accounts.verify("harry@example.com", "5678") == 1
     with pytest.raises(profiler.WrongPassword):
-        application.users.verify("harry@example.com", "1234")
+        application.accounts.verify("harry@example.com", "1234")
 
 
 @pytest.mark.parametrize("button", ["Set password", "Check password"])
@@ -689,7 +689,7 @@ def test_missing_password_is_reported_next_to_the_field(page, application, butto
     page.press("Password", row=0)
     page.press(button)
     assert page.until_message("Password") == "Required fields are missing"
-    assert application.users.verify("harry@example.com", "1234") == 1
+    assert application.accounts.verify("harry@example.com", "1234") == 1
 
 
 def test_password_of_a_deleted_user_shows_the_error(page, application):
@@ -705,7 +705,7 @@ def test_rate_limit_shows_when_to_try_again(page, application):
     page.open(HARRY, application=application)
     for _ in range(profiler.MAX_FAILURES):
         with pytest.raises(profiler.WrongPassword):
-            application.users.verify("harry@example.com", "wrong")
+            application.accounts.verify("harry@example.com", "wrong")
     page.press("Password", row=0)
     page.type(Password="1234")
     earliest = page.script("return Date.now()")
@@ -772,7 +772,7 @@ def fail_once(monkeypatch, users, name):
 
 
 def test_busy_list_offers_to_try_again(page, application, monkeypatch):
-    application.users.create(*HARRY)
+    application.accounts.create(*HARRY)
     fail_once(monkeypatch, application.users, "page")
     page.browser.get(page.address)
     assert page.until_alert() == "The service is busy: try again Try again"
@@ -873,7 +873,7 @@ def guarded_page(browser, tmp_path):
     with contextlib.closing(
         profiler.create_app(tmp_path / "guarded.sqlite3", iterations=1, token=TOKEN)
     ) as application:
-        application.users.create(*HARRY)
+        application.accounts.create(*HARRY)
         with serving(application) as address:
             page = Page(browser, address)
             browser.get(address)
@@ -1230,7 +1230,7 @@ def test_other_origins_cannot_detect_which_ids_exist(browser, application, tag, 
         start_response("200 OK", [("Content-Type", "text/html")])
         return [b"<!DOCTYPE html><title>Website</title><body></body>"]
 
-    application.users.create(*HARRY)
+    application.accounts.create(*HARRY)
     observe = """const [tag, attribute, address, ids, done] = arguments;
     const observe = (id) => new Promise((resolve) => {
       const element = document.createElement(tag);
@@ -1298,7 +1298,7 @@ def test_page_works_below_a_mount_point(browser, application):
         page.until(lambda: page.text("#empty") == "There are no users.")
         assert browser.current_url == address
         for user in make_users(LIMIT + 1):
-            application.users.create(*user)
+            application.accounts.create(*user)
         page.press("New user")
         page.type(
             First_name="Harry", Last_name="Potter", Email="harry@example.com", Password="1234"

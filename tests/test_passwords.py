@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import types
 
 import pytest
 
@@ -12,12 +14,14 @@ import profiler
 PBKDF2 = "pbkdf2:sha256:1$salt$55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc"
 # RFC 7914 12: scrypt ("pleaseletmein", "SodiumChloride", N=16384, r=8, p=1).
 SCRYPT = (
-    "scrypt:16384:8:1$SodiumChloride$7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2"
+    "scrypt:16384:8:1$SodiumChloride$"
+    "7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2"
     "d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887"
 )
 # "Pa\u0308sswort \u2603", not normalised, by Werkzeug 3.1.
 DECOMPOSED = (
-    "scrypt:1024:8:1$adks63AMQhguG8jc$ad4b6c479dd35ec02012a6d622f60d798d35631216513b4d56c40e86ad4a23a6"
+    "scrypt:1024:8:1$adks63AMQhguG8jc$"
+    "ad4b6c479dd35ec02012a6d622f60d798d35631216513b4d56c40e86ad4a23a6"
     "e61bcc034b297fa93f041a8e407003176ff23d26dd0ffdc3bf48d4da734b2f91"
 )
 DIGEST, LONG_DIGEST = "0" * 64, "0" * 128
@@ -30,6 +34,22 @@ BASE64, LONG_BASE64 = "A" * 43, "A" * 86
 def test_known_answers_of_rfc_7914(password_hash, password):
     assert profiler.verify_password(password_hash, password) is True
     assert profiler.verify_password(password_hash, password + "x") is False
+
+
+@pytest.mark.parametrize(
+    ("password_hash", "password"), [(PBKDF2, "passwd"), (SCRYPT, "pleaseletmein")]
+)
+def test_digests_are_compared_in_constant_time(monkeypatch, password_hash, password):
+    compared = []
+
+    def compare_digest(a, b):
+        compared.append((a, b))
+        return hmac.compare_digest(a, b)
+
+    monkeypatch.setattr(profiler, "hmac", types.SimpleNamespace(compare_digest=compare_digest))
+    assert profiler.verify_password(password_hash, password)
+    [digests] = compared
+    assert [digest.hex() for digest in digests] == [password_hash.split("$")[2]] * 2
 
 
 def test_passlib_hash_without_salt():

@@ -147,6 +147,9 @@ class Gate:
         self.application, self.paths, self.environs = application, [], []
         self.reached, self.opened = threading.Event(), threading.Event()
 
+    def may_wait(self, environ):
+        return environ["PATH_INFO"] != "/gate" and self.application.may_wait(environ)
+
     def __call__(self, environ, start_response):
         self.paths.append(environ["PATH_INFO"])
         self.environs.append(environ)
@@ -414,6 +417,112 @@ def test_cut_off_body_is_400_and_creates_no_user(server):
     assert server.application.users.count() == 0
 
 
+CHUNKED_HEAD = POST_HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked")
+
+
+def chunks(body, size, last=b"0\r\n\r\n"):
+    """Encode a body in chunks of a size."""
+    parts = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + last
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("last", [b"0\r\n\r\n", b"000;a=b\r\nX: y\r\nY:\r\n\r\n"])
+def test_chunked_body_creates_a_user_and_keeps_the_connection(server, size, last):
+    with connected(server) as connection:
+        connection.sendall(CHUNKED_HEAD + chunks(BODY, size, last) + GET)
+        created, listed = answers(connection, "POST", "GET")
+    assert (created.status, listed.json[0]["last_name"]) == (201, "Potter")
+
+
+def test_chunked_body_may_arrive_byte_by_byte(server):
+    with connected(server) as connection:
+        for byte in CHUNKED_HEAD + chunks(BODY, 9):
+            connection.sendall(bytes([byte]))
+        assert answer(connection, "POST").status == 201
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"+5\r\nhello\r\n0\r\n\r\n", 400),
+        (b"-5\r\nhello\r\n0\r\n\r\n", 400),
+        (b" 5\r\nhello\r\n0\r\n\r\n", 400),
+        (b"5 \r\nhello\r\n0\r\n\r\n", 400),
+        (b"0x5\r\nhello\r\n0\r\n\r\n", 400),
+        (b"5_0\r\nhello\r\n0\r\n\r\n", 400),
+        (b"\r\nhello\r\n0\r\n\r\n", 400),
+        (b"5\nhello\r\n0\r\n\r\n", 400),
+        (b"5\r\nhello\n0\r\n\r\n", 400),
+        (b"5\r\nhelloo\r\n0\r\n\r\n", 400),
+        (b"5;a\nb\r\nhello\r\n0\r\n\r\n", 400),
+        (b"5;" + b"a" * 64, 400),
+        (b"0" * 65, 400),
+        (b"0\r\nX y\r\n\r\n", 400),
+        (b"0\r\nX : y\r\n\r\n", 400),
+        (b"0\r\nX: y\n\r\n", 400),
+        (b"0\r\nX: " + b"y" * profiler.MAX_HEAD, 431),
+        (b"%x\r\n" % (profiler.MAX_BODY + 1), 413),
+        (b"f" * 60 + b"\r\n", 413),
+        (b"1\r\n \r\n" * 16_384, 413),
+    ],
+)
+def test_malformed_or_too_large_chunked_body_is_rejected_at_once(server, body, status):
+    """RFC 9112 7.1. The framing counts, too: decoding tiny chunks takes time."""
+    with connected(server) as connection:
+        connection.sendall(CHUNKED_HEAD + body)
+        assert statuses(receive(connection)) == [status]
+
+
+def test_chunked_body_of_the_largest_size_is_read(server):
+    body = BODY + b" " * (profiler.MAX_BODY - len(BODY))
+    with connected(server) as connection:
+        assert ask(connection, CHUNKED_HEAD + chunks(body, 1000)).status == 201
+
+
+def test_chunked_body_that_ends_early_is_400(server):
+    with connected(server) as connection:
+        connection.sendall(CHUNKED_HEAD + chunks(BODY, 9, b""))
+        connection.shutdown(socket.SHUT_WR)
+        assert statuses(receive(connection)) == [400]
+
+
+def test_slow_chunked_body_times_out(server, monkeypatch):
+    monkeypatch.setattr(profiler, "BODY_TIMEOUT", 0.1)
+    with connected(server) as connection:
+        connection.sendall(CHUNKED_HEAD + b"5\r\n")
+        assert statuses(receive(connection)) == [408]
+
+
+def test_100_continue_is_sent_before_a_chunked_body(server):
+    with connected(server) as connection:
+        connection.sendall(CHUNKED_HEAD.replace(b"Host", b"Expect: 100-continue\r\nHost"))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(chunks(BODY, 9))
+        assert answer(connection, "POST").status == 201
+
+
+@pytest.mark.parametrize("received", [b"\r\n\r\n", b"\r\n\r\n" + GET, b"\n\n"])
+def test_empty_lines_instead_of_a_request_are_400(server, received):
+    with connected(server) as connection:
+        connection.sendall(received)
+        assert statuses(receive(connection)) == [400]
+
+
+def test_target_is_decoded_once_however_slowly_its_head_arrives(server, monkeypatch):
+    """Otherwise a target of 8 KB that arrives byte by byte would take seconds."""
+    decoded = []
+    unquote = profiler.unquote
+    monkeypatch.setattr(
+        profiler, "unquote", lambda *given: decoded.append(given) or unquote(*given)
+    )
+    with connected(server) as connection:
+        for byte in GET.replace(b"/users/", b"/%75sers/"):
+            connection.sendall(bytes([byte]))
+        assert answer(connection).status == 200
+    assert len(decoded) == 1
+
+
 @pytest.mark.parametrize(("request_", "status"), [(GET, 200), (POST, 201)], ids=["GET", "POST"])
 def test_client_that_closes_its_sending_side_is_answered(server, request_, status):
     with connected(server) as connection:
@@ -606,6 +715,20 @@ def test_client_that_resets_the_connection_leaves_no_trace(server, path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_what_arrived_while_the_process_was_suspended_is_answered(application, monkeypatch):
+    """On a laptop that slept, for example. The deadlines have passed when it wakes."""
+    monkeypatch.setattr(profiler, "HEAD_TIMEOUT", 0.3)
+    gate = Gate(application)
+    with serving(gate) as server, connected(server) as connection:
+        assert ask(connection).status == 200
+        connection.sendall(GET[:-2])
+        until(lambda: not server.idle or len(server.idle) < len(server.connections))
+        with held_up(server, gate):
+            select.select([], [], [], 0.4)
+            connection.sendall(GET[-2:])
+        assert answer(connection).status == 200
+
+
 # -- limits ----------------------------------------------------------------------------
 
 
@@ -633,6 +756,31 @@ def test_at_the_connection_limit_requests_in_flight_are_kept(server, slow_hash):
         with connected(server) as another:
             assert ask(another).status == 200
         assert receive(busy) == b""
+
+
+BEGINNINGS = {
+    "half a head": GET[:-2],
+    "half a body": POST[:-1],
+    "half a chunked body": CHUNKED_HEAD + b"5\r\n",
+    "no request line": b"G",
+    "lingering": b"nonsense\r\n",
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_at_the_connection_limit_the_one_nearest_to_its_deadline_is_closed(server, name):
+    """Otherwise connections that never become idle would lock everybody out."""
+    server.max_connections = 2
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for number in (1, 2):
+            connections.append(stack.enter_context(connected(server)))
+            connections[-1].sendall(BEGINNINGS[name])
+            until(lambda count=number: len(server.connections) == count and not server.idle)
+        third = stack.enter_context(connected(server))
+        assert ask(third).status == 200
+        assert len(server.connections) == 2
+        assert statuses(receive(connections[0])) in ([], [400])
 
 
 def test_without_file_descriptors_the_longest_idle_connection_is_closed(server, monkeypatch):
@@ -674,7 +822,92 @@ def test_accept_does_not_block_if_the_client_has_gone(server):
     assert not server.socket.getblocking()
 
 
-def test_without_threads_a_write_returns_503_and_reads_go_on(server, monkeypatch, capfd):
+def test_new_clients_do_not_wait_for_a_client_that_pipelines(application):
+    """Several connections are accepted in a round."""
+    gate = Gate(application)
+    with serving(gate) as server, contextlib.ExitStack() as stack:
+        greedy = stack.enter_context(connected(server))
+        assert ask(greedy).status == 200
+        with held_up(server, gate):
+            greedy.sendall(get(b"/greedy") * 200)
+            others = [stack.enter_context(connected(server)) for _ in range(30)]
+            for connection in others:
+                connection.sendall(get(b"/other"))
+        for connection in others:
+            assert answer(connection).status == 404
+        assert {response.status for response in answers(greedy, *["GET"] * 200)} == {404}
+    last = max(index for index, path in enumerate(gate.paths) if path == "/other")
+    assert gate.paths[:last].count("/greedy") <= 3
+
+
+class RefusingSelector:
+    """Wraps a selector: refuses to watch more than its own two sockets while `refuses`."""
+
+    def __init__(self, selector):
+        self.selector, self.refuses = selector, False
+
+    def register(self, *given):
+        if self.refuses:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.selector.register(*given)
+
+    def __getattr__(self, name):
+        return getattr(self.selector, name)
+
+
+def test_connection_that_the_selector_refuses_is_closed_and_no_other(server):
+    """ENOSPC: fs.epoll.max_user_watches."""
+    with connected(server) as first:
+        for _ in range(2):
+            assert ask(first).status == 200
+        server.selector = RefusingSelector(server.selector)
+        server.selector.refuses = True
+        with connected(server) as second:
+            assert receive(second) == b""
+        server.selector.refuses = False
+        with connected(server) as third:
+            assert ask(third).status == ask(first).status == 200
+
+
+def test_bug_in_one_connection_does_not_end_the_server(server, monkeypatch, capfd):
+    monkeypatch.setattr(profiler, "parse_head", lambda head: 1 / 0)
+    with connected(server) as first:
+        first.sendall(GET)
+        assert receive(first) == b""
+    monkeypatch.undo()
+    with connected(server) as second:
+        assert ask(second).status == 200
+    until(lambda: "ZeroDivisionError" in capfd.readouterr().err)
+
+
+def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
+    application, users, path, monkeypatch
+):
+    """Otherwise searches would take all workers, and writes would wait for them."""
+    fill(path, 1)
+    waiting = threading.Semaphore(0)
+    shared = users._searches
+    acquire = shared.acquire
+    monkeypatch.setattr(shared, "acquire", lambda: waiting.release() or acquire())
+    with serving(application) as server, contextlib.ExitStack() as stack:
+        searchers = [stack.enter_context(connected(server)) for _ in range(66)]
+        other = stack.enter_context(connected(server))
+        with shared.lock:
+            for connection in searchers:
+                connection.sendall(get(b"/users/?q=first"))
+            for _ in searchers:
+                assert waiting.acquire(timeout=10)
+            until(lambda: select.select(searchers, [], [], 0)[0])
+            assert ask(other, POST).status == 201
+            assert ask(other, get(b"/users/?email=user1@example.com")).status == 200
+        found = [answer(connection).status for connection in searchers]
+    assert sorted(found) == [200] * 64 + [503] * 2
+
+
+def test_without_threads_a_write_returns_503_and_reads_go_on(
+    application, server, monkeypatch, capfd
+):
+    application.users.ping()
     with connected(server) as connection, connected(server) as reader:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more_threads)
@@ -703,6 +936,7 @@ def test_server_starts_without_threads(application, monkeypatch):
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    application.users.ping()
     monkeypatch.setattr(threading.Thread, "start", fail_but_for_the_server)
     with serving(application, access_log=True) as server, connected(server) as connection:
         assert ask(connection).status == 200
@@ -779,12 +1013,13 @@ def test_hashing_does_not_hold_up_reads(server, slow_hash):
         assert answer(writer).status == 201
 
 
-def test_read_that_has_to_wait_does_not_hold_up_others(server, users, monkeypatch):
+def test_read_that_may_have_to_wait_does_not_hold_up_others(server, users, path, monkeypatch):
+    """Until the file is open, and without WAL."""
+    fill(path, 1)
+    execute(path, "PRAGMA journal_mode = DELETE")
     started, go_on = threading.Event(), threading.Event()
 
     def wait(user_id):
-        if not profiler.this_thread.may_wait:
-            raise profiler.WouldBlock
         started.set()
         assert go_on.wait(10)
         return b"{}"
@@ -798,24 +1033,28 @@ def test_read_that_has_to_wait_does_not_hold_up_others(server, users, monkeypatc
         assert answer(waiting).json == {}
 
 
-def test_search_does_not_hold_up_others(server, users, path, monkeypatch):
+@pytest.mark.parametrize(
+    "query", ["q=first", "%71=first", "email=user1@example.com", "limit=501", "after=0&limit=999"]
+)
+def test_long_read_does_not_hold_up_others(server, users, path, monkeypatch, query):
     fill(path, 1)
     started, go_on = threading.Event(), threading.Event()
-    read = users.read
+    page = users.page
 
-    def read_slowly(statement, parameters=(), slow=False):
-        if slow and profiler.this_thread.may_wait:
+    def read_slowly(limit, after=None, descending=False, email=None, text=""):
+        if limit > profiler.BATCH or email or text:
             started.set()
             assert go_on.wait(10)
-        return read(statement, parameters, slow)
+        return page(limit, after, descending, email, text)
 
-    monkeypatch.setattr(users, "read", read_slowly)
-    with connected(server) as searcher, connected(server) as other:
-        searcher.sendall(get(b"/users/?q=first"))
+    monkeypatch.setattr(users, "page", read_slowly)
+    with connected(server) as reader, connected(server) as other:
+        assert ask(other).status == 200
+        reader.sendall(get(b"/users/?" + query.encode()))
         assert started.wait(10)
         assert len(ask(other).json) == 1
         go_on.set()
-        assert len(answer(searcher).json) == 1
+        assert len(answer(reader).json) == 1
 
 
 def test_write_lock_of_another_process_does_not_hold_up_reads(server, path):
@@ -848,10 +1087,10 @@ def waiting(monkeypatch):
 
     class Cores(threading.BoundedSemaphore):
         def acquire(self, blocking=True, timeout=None):
-            acquired = super().acquire(blocking, timeout)
-            if not acquired:
-                event.set()
-            return acquired
+            if super().acquire(blocking=False):
+                return True
+            event.set()
+            return blocking and super().acquire(timeout=timeout)
 
     monkeypatch.setattr(threading, "BoundedSemaphore", Cores)
     return event
@@ -861,7 +1100,7 @@ def waiting(monkeypatch):
 def one_core_server(path, waiting, monkeypatch):
     """A server that hashes one password at a time."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
-    application = profiler.Application(profiler.Users(path, ITERATIONS))
+    application = profiler.Application(profiler.Accounts(profiler.Users(path), ITERATIONS))
     with contextlib.closing(application), serving(application) as server:
         yield server
 
@@ -874,23 +1113,6 @@ def test_password_of_a_client_that_waits_for_a_core_is_hashed(one_core_server, w
         assert waiting.wait(10)
         slow_hash.go_on.set()
         assert (answer(first).status, answer(second).status) == (201, 201)
-
-
-def test_password_of_a_client_that_has_gone_is_not_hashed(
-    one_core_server, waiting, slow_hash, path, capfd
-):
-    with connected(one_core_server) as first:
-        first.sendall(POST)
-        assert slow_hash.started.acquire(timeout=10)
-        with connected(one_core_server) as gone:
-            gone.sendall(POST.replace(b"harry", b"ronny"))
-            assert waiting.wait(10)
-        slow_hash.go_on.set()
-        assert answer(first).status == 201
-        until(lambda: len(one_core_server.connections) == 1)
-    assert not slow_hash.started.acquire(blocking=False)
-    until(lambda: "disconnected" in capfd.readouterr().err)
-    assert execute(path, 'SELECT email FROM "user"') == [("harry@example.com",)]
 
 
 # -- log -------------------------------------------------------------------------------
@@ -1044,6 +1266,22 @@ def test_shutdown_answers_a_request_that_has_just_arrived(application):
         received = receive(connection)
     assert statuses(received) == [200]
     assert b"\r\nConnection: close\r\n" in received
+
+
+def test_shutdown_answers_requests_of_connections_that_wait_to_be_accepted(application):
+    gate = Gate(application)
+    with serving(gate) as server, contextlib.ExitStack() as stack:
+        assert ask(stack.enter_context(connected(server))).status == 200
+        with held_up(server, gate):
+            connections = [stack.enter_context(connected(server)) for _ in range(100)]
+            for connection in connections[:50]:
+                connection.sendall(GET)
+            server.stop()
+        for connection in connections[:50]:
+            received = receive(connection)
+            assert statuses(received) == [200]
+            assert b"\r\nConnection: close\r\n" in received
+        assert [receive(connection) for connection in connections[50:]] == [b""] * 50
 
 
 def test_shutdown_completes_a_list_and_then_closes_its_connection(server, users, monkeypatch):

@@ -93,10 +93,10 @@ def test_memory_of_a_list_does_not_grow_with_the_number_of_users(application, pa
         tracemalloc.stop()
         return peak
 
-    fill(path, 2 * profiler.BATCH)
+    fill(path, 4 * profiler.MAX_LIMIT)
     small = peak()
     execute(path, 'DELETE FROM "user"')
-    fill(path, 20 * profiler.BATCH)
+    fill(path, 40 * profiler.MAX_LIMIT)
     assert peak() < 1.5 * small
 
 
@@ -347,7 +347,7 @@ def test_any_check_of_a_password_costs_one_hash(application, path, hashed, store
     method = "POST" if "verify" in path_info else "PUT"
     assert call(application, method, path_info, fields=fields).status == 403
     assert [(name, iterations) for name, _, _, iterations in hashed] == [
-        ("sha256", application.users.iterations)
+        ("sha256", application.accounts.iterations)
     ]
 
 
@@ -391,8 +391,9 @@ def test_no_password_matches_an_unknown_email(application, monkeypatch):
 def two_cores(path, monkeypatch):
     """An application that hashes on two cores."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 2)
-    with contextlib.closing(profiler.Users(path, 1)) as users:
-        yield profiler.Application(users)
+    accounts = profiler.Accounts(profiler.Users(path), 1)
+    with contextlib.closing(profiler.Application(accounts)) as application:
+        yield application
 
 
 @pytest.fixture
@@ -425,16 +426,16 @@ def test_request_that_waits_too_long_for_a_core_returns_503(
 
 
 def test_requests_that_wait_for_a_core_leave_workers_of_the_server_free():
-    assert profiler.MAX_WAITING <= profiler.WORKERS // 2
+    assert profiler.MAX_HASHING <= profiler.WORKERS // 2
 
 
 def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash, monkeypatch):
     """Otherwise many logins at once would take all workers of the server, and writes
     would wait for them."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
-    monkeypatch.setattr(profiler, "MAX_WAITING", 1)
-    with contextlib.closing(profiler.Users(path, 1)) as users, ThreadPoolExecutor(1) as threads:
-        application = profiler.Application(users)
+    monkeypatch.setattr(profiler, "MAX_HASHING", 1)
+    application = profiler.Application(profiler.Accounts(profiler.Users(path), 1))
+    with contextlib.closing(application), ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, application)
         assert slow_hash.started.acquire(timeout=10)
         answer = call(application, "POST", fields=RON)
@@ -449,39 +450,6 @@ def test_requests_without_hashing_do_not_wait_for_a_core(busy_cores, monkeypatch
     imported = {**profile, "password_hash": "pbkdf2:sha256:1$salt$" + "0" * 64}
     assert call(busy_cores, "POST", fields=imported).status == 201
     assert put(busy_cores, last_name="P.").status == call(busy_cores).status == 200
-
-
-def test_request_of_a_disconnected_client_is_not_hashed(path, slow_hash, monkeypatch):
-    """If it had to wait for a core: a queue of abandoned requests would delay all others."""
-    waiting = threading.Semaphore(0)
-
-    class Cores(threading.BoundedSemaphore):
-        def acquire(self, blocking=True, timeout=None):
-            if blocking:
-                waiting.release()
-            return super().acquire(blocking, timeout)
-
-    monkeypatch.setattr(profiler.threading, "BoundedSemaphore", Cores)
-
-    def send(name):
-        profiler.this_thread.is_abandoned = lambda: name == "abandoned"
-        return post(application, json.dumps({**HARRY, "email": f"{name}@example.com"}).encode())
-
-    monkeypatch.setattr(profiler, "count_cores", lambda: 1)
-    with contextlib.closing(profiler.Users(path, 1)) as users, ThreadPoolExecutor(3) as threads:
-        application = profiler.Application(users)
-        first = threads.submit(send, "first")
-        assert slow_hash.started.acquire(timeout=10)
-        others = [threads.submit(send, name) for name in ("abandoned", "waiting")]
-        assert [waiting.acquire(timeout=10) for _ in others] == [True, True]
-        slow_hash.go_on.set()
-        assert [answer.result().status for answer in (first, *others)] == [201, 503, 201]
-    assert execute(path, 'SELECT count(*) FROM "user"') == [(2,)]
-
-
-def test_request_that_did_not_wait_is_hashed_without_asking_for_the_client(two_cores, monkeypatch):
-    monkeypatch.setattr(profiler.this_thread, "is_abandoned", lambda: pytest.fail("asked"))
-    assert post(two_cores).status == 201
 
 
 def test_core_is_free_again_after_each_outcome(two_cores, monkeypatch):
