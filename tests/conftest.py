@@ -200,7 +200,7 @@ def copy_module(folder, *more):
 
 def until(condition):
     """Wait until a condition holds, where no event reports it. Return its value."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

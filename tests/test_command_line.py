@@ -171,6 +171,7 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
             assert command.end(signal.SIGTERM) == (0, "", "")
 
 
+@not_on_windows("cannot send a signal to another process")
 def test_signals_while_the_database_is_closed_do_not_change_the_exit_status(tmp_path):
     program = """
 import os, signal, profiler
@@ -499,7 +500,8 @@ def test_token_is_required_and_opens_other_addresses_and_hosts(tmp_path):
         assert ask(address).status == 401
         assert ask(address, Authorization=f"Bearer {TOKEN}", Host="accounts.example").status == 200
         _, output, errors = command.end(signal.SIGTERM)
-    assert re.findall('" ([0-9]+) ', errors) == ["401", "200"]
+    if os.name != "nt":  # which terminates the process before it has written its log
+        assert re.findall('" ([0-9]+) ', errors) == ["401", "200"]
     assert TOKEN not in command.url + command.banner + output + errors
 
 
