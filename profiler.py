@@ -432,7 +432,7 @@ class Database:
         """
         is_open = any(shared.connection for shared in self._shared)
         wal = self.location + "-wal"
-        # access(), not stat(): on Linux 6.13 and later a commit that follows a stat() of the
+        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the
         # -wal file takes 40 us longer to sync.
         is_wal_lost = is_open and self._has_wal_file and not os.access(wal, os.F_OK)
         if is_wal_lost or (self._file and self._file != _identify(self.location)):
@@ -813,6 +813,10 @@ class Failures:
 
     An account is the id of a user, or an unknown email in lower case.
     """
+
+    # False where counting is so dear that a right password must not be counted: then the
+    # first wrong one of an account is counted after its hash.
+    counts_first_attempt = True
 
     def __init__(self) -> None:
         self.reset()
@@ -1328,7 +1332,7 @@ class Accounts:
         A wrong password always costs one hash, so that the time reveals nothing.
         """
         failures = self.users.failures
-        count = self._count_attempt(account)
+        is_counted = self._count_attempt(account)
         if not parse_hash(password_hash):
             verify_password(self._dummy_hash, password)
             is_right = False
@@ -1338,25 +1342,28 @@ class Accounts:
         else:
             is_right = verify_password(password_hash, password)
             reason = ""
-        if is_right and count:
+        if is_right and is_counted:
             failures.clear(account)
-        if not is_right and not count:
+        if not is_right and not is_counted:
             failures.add(account)
         if not is_right:
             raise WrongPassword(reason)
 
-    def _count_attempt(self, account: int | bytes) -> int:
-        """Return how many wrong passwords an account has had. Raise TooManyAttempts."""
+    def _count_attempt(self, account: int | bytes) -> bool:
+        """Count an attempt as a failure before the hash is computed. Raise TooManyAttempts.
+
+        Otherwise a hundred concurrent attempts would all see a count below the limit. Return
+        False if this is to be done afterwards.
+        """
         failures = self.users.failures
         while True:
             count, elapsed = failures.get(account)
             if count >= MAX_FAILURES and elapsed < ATTEMPT_INTERVAL:
                 raise TooManyAttempts(math.ceil(ATTEMPT_INTERVAL - elapsed))
-            # Count the attempt as a failure now, before the hash is computed. Otherwise a
-            # hundred concurrent attempts would all see a count below the limit. Only the
-            # first failure is counted afterwards, so that a right password writes nothing.
-            if not count or failures.add(account, expected=count):
-                return count
+            if not count and not failures.counts_first_attempt:
+                return False
+            if failures.add(account, expected=count):
+                return True
 
     @contextlib.contextmanager
     def _core(self) -> Iterator[None]:

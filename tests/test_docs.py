@@ -34,6 +34,7 @@ PAGES = {
         HERE / "README.md",
         HERE / "CHANGELOG.md",
         HERE / "CONTRIBUTING.md",
+        HERE / "SECURITY.md",
         *sorted(HERE.glob("docs/*.md")),
     ]
 }
