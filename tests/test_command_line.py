@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipapp
 
 import pytest
@@ -169,6 +170,30 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
             command.process.send_signal(signal.SIGTERM)
             command.process.send_signal(signal.SIGINT)
             assert command.end(signal.SIGTERM) == (0, "", "")
+
+
+@pytest.mark.skipif(os.name != "nt", reason="other systems can send signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGBREAK"])
+def test_ctrl_c_and_ctrl_break_on_windows_do_not_wait_for_idle_connections(tmp_path, name):
+    program = f"""
+import os, signal, threading, time, profiler
+def interrupt():
+    while not os.path.exists("stop"):
+        time.sleep(0.01)
+    signal.raise_signal(signal.{name})
+threading.Thread(target=interrupt).start()
+profiler.main(["--port", "0", "--no-access-log"])
+"""
+    copy_module(tmp_path)
+    with Command(tmp_path, command=(sys.executable, "-c", program)) as command:
+        connection = http.client.HTTPConnection(*command.address(), timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/users/")
+            assert connection.getresponse().read() == b"[]\n"
+            started = time.monotonic()
+            (tmp_path / "stop").touch()
+            assert command.end() == (0, "", "")
+            assert time.monotonic() - started < profiler.DRAIN_TIMEOUT
 
 
 @not_on_windows("cannot send a signal to another process")
