@@ -40,7 +40,9 @@ needs_proc = pytest.mark.skipif(
     not pathlib.Path("/proc/self/limits").exists(), reason="needs Linux's /proc"
 )
 SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
 ]
 
 
@@ -172,15 +174,15 @@ def test_repeated_signals_do_not_change_the_exit_status(tmp_path):
             assert command.end(signal.SIGTERM) == (0, "", "")
 
 
-@pytest.mark.skipif(os.name != "nt", reason="other systems can send signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGBREAK"])
-def test_ctrl_c_and_ctrl_break_on_windows_do_not_wait_for_idle_connections(tmp_path, name):
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_shutdown_by_a_signal_does_not_wait_for_idle_connections(tmp_path, signum):
+    """The process raises the signal itself, because Windows cannot send one."""
     program = f"""
 import os, signal, threading, time, profiler
 def interrupt():
     while not os.path.exists("stop"):
         time.sleep(0.01)
-    signal.raise_signal(signal.{name})
+    signal.raise_signal({int(signum)})
 threading.Thread(target=interrupt).start()
 profiler.main(["--port", "0", "--no-access-log"])
 """
