@@ -47,6 +47,12 @@ CREATE TABLE user (
 );
 """
 
+
+def not_on_windows(reason):
+    """Skip a test on Windows, which does or lacks something."""
+    return pytest.mark.skipif(os.name == "nt", reason=f"Windows {reason}")
+
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -194,7 +200,7 @@ def copy_module(folder, *more):
 
 def until(condition):
     """Wait until a condition holds, where no event reports it. Return its value."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

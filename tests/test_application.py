@@ -54,7 +54,7 @@ def test_default_database_is_db_sqlite3(tmp_path, monkeypatch, value):
 
 def test_database_of_create_app_overrides_the_environment(path, monkeypatch):
     monkeypatch.setenv("PROFILER_DATABASE", "/elsewhere")
-    assert profiler.create_app().users.location == "/elsewhere"
+    assert profiler.create_app().users.location == os.path.abspath("/elsewhere")
     assert profiler.create_app(path).users.location == str(path)
 
 
@@ -517,10 +517,12 @@ def run_cgi(folder, **environ):
     environ = {
         **os.environ,
         **CGI,
-        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **environ,
     }
     command = [str(folder / "profiler.py"), "--host", "0.0.0.0"]
+    if os.name == "nt":  # where the server, not the system, reads the first line
+        command.insert(0, sys.executable)
     return subprocess.run(command, env=environ, cwd=folder, input=BODY, capture_output=True)
 
 

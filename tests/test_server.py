@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from wsgiref.validate import check_environ
 
 import pytest
-from conftest import BODY, ITERATIONS, Answer, execute, fill, locked, until
+from conftest import BODY, ITERATIONS, Answer, execute, fill, locked, not_on_windows, until
 
 import profiler
 
@@ -32,6 +32,18 @@ POST_HEAD = (
 )
 POST = POST_HEAD % len(BODY) + BODY
 DELETE = b"DELETE /users/9/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def is_wine():
+    if os.name != "nt":
+        return False
+    import ctypes
+
+    return hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
+
+
+# A client of Wine receives the end of the stream before the reset.
+needs_reset = pytest.mark.skipif(is_wine(), reason="Wine does not reset connections at once")
 
 
 @contextlib.contextmanager
@@ -278,6 +290,7 @@ def failing_after(pages, function, error=None):
     return fail
 
 
+@needs_reset
 @pytest.mark.parametrize(
     "error", [profiler.Unavailable("disk I/O error"), OSError("disk I/O error")]
 )
@@ -297,6 +310,7 @@ def test_list_that_fails_midway_resets_the_connection(
     assert "disk I/O error" in line
 
 
+@needs_reset
 def test_bug_in_the_middle_of_a_list_is_logged_with_its_traceback(
     application, users, path, capfd, monkeypatch
 ):
@@ -640,6 +654,7 @@ def slow_reader(server):
         yield connection
 
 
+@needs_reset
 @pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 def test_client_that_reads_nothing_is_dropped_with_a_reset(server, path, monkeypatch, version):
@@ -674,7 +689,7 @@ def test_client_that_reads_slowly_is_served(server, users, monkeypatch):
         connection.sendall(GET.replace(b"1.1", b"1.0"))
         while part := connection.recv(1 << 13):
             received += part
-            select.select([], [], [], 0.05)
+            time.sleep(0.05)
     assert time.monotonic() - started > profiler.SEND_TIMEOUT
     assert received.count(b"1") > 200_000
 
@@ -723,7 +738,7 @@ def test_what_arrived_while_the_process_was_suspended_is_answered(application, m
         connection.sendall(GET[:-2])
         until(lambda: not server.idle or len(server.idle) < len(server.connections))
         with held_up(server, gate):
-            select.select([], [], [], 0.4)
+            time.sleep(0.4)
             connection.sendall(GET[-2:])
         assert answer(connection).status == 200
 
@@ -1342,6 +1357,7 @@ def test_shutdown_does_not_wait_for_requests_longer_than_its_timeout(
         assert not slow_hash.go_on.is_set()
 
 
+@needs_reset
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 def test_shutdown_resets_a_list_that_it_breaks_off(server, users, monkeypatch, version):
     """To an HTTP/1.0 client, the end of the stream would be the end of the list."""
@@ -1354,6 +1370,7 @@ def test_shutdown_resets_a_list_that_it_breaks_off(server, users, monkeypatch, v
         receive_until_reset(connection)
 
 
+@not_on_windows("has no non-blocking pipes")
 def test_shutdown_waits_for_the_rest_of_the_log(application, monkeypatch):
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
