@@ -38,7 +38,7 @@ INSTALL = (
 )
 try:
     import sqlalchemy
-    from sqlalchemy.engine import URL, make_url
+    from sqlalchemy import URL, make_url
     from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 except ImportError as error:
     if __name__ == "__main__":
@@ -394,6 +394,7 @@ def _create_engine(url: URL) -> Engine:
             hide_parameters=True,
             pool_size=POOL_SIZE,
             max_overflow=0,
+            pool_timeout=POOL_TIMEOUT,
             pool_use_lifo=True,
         )
     except ImportError as error:

@@ -969,13 +969,13 @@ def test_statement_of_mariadb_ends_when_its_client_gives_up(mariadb_server):
         running = f"SELECT 1 FROM information_schema.processlist WHERE db = '{name}'"
         until(lambda: not mariadb_server.execute(f"{running} AND info LIKE '%SLEEP(30)%'"))
         setting = application.users._read("SELECT @@max_statement_time")
-        assert setting == [(1,)]
+        assert setting[0][0] == 1
 
 
 @pytest.mark.parametrize(("option", "seconds"), [("", 10), ("?read_timeout=86400", 86400)])
 def test_statement_timeout_of_mariadb_is_the_read_timeout(mariadb_server, option, seconds):
     with make_app(mariadb_server.make_database() + option) as application:
-        assert application.users._read("SELECT @@max_statement_time") == [(seconds,)]
+        assert application.users._read("SELECT @@max_statement_time")[0][0] == seconds
 
 
 def test_connect_timeout_is_shared_by_several_hosts():
