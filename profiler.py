@@ -98,12 +98,13 @@ MIN_TOKEN = 16  # characters
 MAX_BODY = 64 * 1024  # bytes
 MAX_NAME = 255  # characters of a first or last name
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
-# Python's NFC takes quadratic time for combining characters: 1.5 ms for 1,024 of them, 3 s
-# for 32,000. NIST SP 800-63B 5.1.1.2 asks for at least 64.
+# Python's NFC is quadratic: 1,024 combining characters take 1.5 ms, 32,000 take 3 s. NIST
+# SP 800-63B 5.1.1.2 wants at least 64 characters to be allowed.
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-BATCH = 500  # users read at once for the list, or on a page without a limit
+BATCH = 500  # users read at once for a long list, or on a page of a search
+SHORT_PAGE = 100  # users that are read without waiting; a list begins with so many
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -129,7 +130,7 @@ _ITERATIONS = "(?P<iterations>[1-9][0-9]{0,7})"
 _N = "(?P<n>[1-9][0-9]{0,7})"
 _R = "(?P<r>[1-9][0-9]?)"
 _P = "(?P<p>[1-9][0-9]?)"
-_SALT = "(?P<salt>[^$]*)"
+_SALT = "(?P<salt>[^$]{0,1024})"  # passlib's limit
 
 
 def _decode(text: str) -> bytes:
@@ -161,7 +162,7 @@ _HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]],
     ),
     # passlib
     (
-        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]*)"
+        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]{{0,1368}})"
         r"\$(?P<digest>[0-9A-Za-z./]{43})",
         _decode,
         _decode,
@@ -188,7 +189,7 @@ def verify_password(password_hash: str, password: str) -> bool:
 
     :param password_hash: a hash in one of the formats of Werkzeug, Django and passlib. No
         password matches a hash that is malformed, unsupported or too costly.
-    :param password: any text. One that `hash_password` does not take matches no hash.
+    :param password: any text. One that `hash_password` refuses never matches.
     """
     parsed = parse_hash(str(password_hash))
     if parsed is None:
@@ -203,7 +204,7 @@ def verify_password(password_hash: str, password: str) -> bool:
 
 
 def parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes] | None:
-    """Return the digest in a hash, and a function that derives one from a password.
+    """Return a function from a password to its digest, and the digest that is stored.
 
     Return None if passwords cannot be verified with this hash here.
     """
@@ -263,8 +264,8 @@ def _normalise(password: str) -> bytes:
 # responses.
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
-# Afterwards both processes open new ones. A thread may fork at any time, also inside a
-# transaction. The child must not go on with a transaction of its parent.
+# Afterwards both processes open new ones. Any thread may fork at any time, except in a
+# transaction: a guard must not fork.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
@@ -287,20 +288,19 @@ class Busy(Unavailable):
     """The service is busy. The same call may succeed in a moment."""
 
 
-_forking: WeakSet[Any] = WeakSet()
+_fork_listeners: WeakSet[Any] = WeakSet()
 
 
 def call_at_fork(instance: object) -> None:
-    """Call some methods of an object at each fork of this process, while the object exists.
+    """Call methods of an object at each fork of this process, while the object exists.
 
-    They are before_fork, after_fork_in_parent and after_fork_in_child. An object need not
-    have all of them.
+    They are before_fork, after_fork_in_parent and after_fork_in_child, those that it has.
     """
-    _forking.add(instance)
+    _fork_listeners.add(instance)
 
 
 def _call_all(method: str) -> None:
-    for instance in list(_forking):
+    for instance in list(_fork_listeners):
         getattr(instance, method, lambda: None)()
 
 
@@ -378,15 +378,15 @@ class Database:
         self._held: list[SharedConnection] = []
         self._inherited: list[sqlite3.Connection | None] = []
         self._shared: list[SharedConnection] = []
-        self.writes = self.share_connection()
+        self.write_connection = self.add_connection()
         call_at_fork(self)
 
-    def share_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
-        """Return a new connection for threads to share. More than `max_waiting` get Busy."""
+    def add_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
+        """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
         self._shared.append(SharedConnection(max_waiting))
         return self._shared[-1]
 
-    def may_wait(self, shared: SharedConnection) -> bool:
+    def read_may_wait(self, shared: SharedConnection) -> bool:
         """Return True if a read may have to wait: to open the file, or for a writer."""
         return shared.connection is None or not self._is_wal
 
@@ -409,33 +409,38 @@ class Database:
         Raise Busy, Unavailable.
         """
         deadline = time.monotonic() + BUSY_TIMEOUT
-        self.writes.acquire()
+        self.write_connection.acquire()
         try:
             self.check_files()
             # As a context manager, the connection rolls back what was not committed.
-            with self.writes.connection or self._connect(self.writes) as connection:
-                # A read transaction cannot wait to become a write transaction: SQLite fails
-                # at once. So the transaction begins as a write transaction.
+            with self.write_connection.connection or self._connect(
+                self.write_connection
+            ) as connection:
+                # Take the write lock first. SQLite refuses at once to turn a read transaction
+                # into a write transaction while another process writes.
                 _execute(connection, "BEGIN IMMEDIATE", timeout=deadline - time.monotonic())
                 yield connection
                 _execute(connection, "COMMIT")
         except sqlite3.Error as error:
-            self.writes.close()
+            self.write_connection.close()
             raise self._translate(error) from None
         finally:
-            self.writes.lock.release()
+            self.write_connection.lock.release()
 
     def check_files(self) -> None:
-        """Raise Unavailable if the file, or its -wal file, was moved or deleted.
+        """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
 
-        SQLite would create a new, empty file, and what is written to a deleted file is lost.
+        If the file is gone, SQLite would create an empty one. What is written to a deleted
+        file is lost.
         """
         is_open = any(shared.connection for shared in self._shared)
-        wal = self.location + "-wal"
-        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the
-        # -wal file takes 40 us longer to sync.
-        is_wal_lost = is_open and self._has_wal_file and not os.access(wal, os.F_OK)
-        if is_wal_lost or (self._file and self._file != _identify(self.location)):
+        is_lost = self._file is not None and self._file != _identify(self.location)
+        if is_open and self._has_wal_file:
+            # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal
+            # file takes 40 us longer to sync.
+            for suffix in ("-wal", "-shm"):
+                is_lost = is_lost or not os.access(self.location + suffix, os.F_OK)
+        if is_lost:
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
             )
@@ -461,23 +466,24 @@ class Database:
         """
         path = os.path.abspath(path)
         part = f"{path}.{os.urandom(4).hex()}.part"
-        shared = SharedConnection(max_waiting=1)
         try:
-            if os.path.lexists(path) or path == f"{self.location}-journal":
+            taken = [f"{self.location}{suffix}" for suffix in ("-journal", "-wal", "-shm")]
+            if os.path.lexists(path) or path in taken:
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
                 )
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            _execute(self._connect(shared), "VACUUM INTO ?", (part,))
+            # Not _connect(): a copy changes nothing in its source.
+            with contextlib.closing(self._open()) as connection:
+                _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part)
-            _rename_new(part, path)
+            _publish(part, path)
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"cannot copy {self.location} to {path}: {reason}") from None
         finally:
-            shared.close()
             for leftover in (part, part + "-journal"):
                 with contextlib.suppress(OSError):
                     os.unlink(leftover)
@@ -491,17 +497,19 @@ class Database:
 
     def before_fork(self) -> None:
         """Close the connections and hold their locks."""
-        self._held = [each for each in self._shared if each.lock.acquire(timeout=CLOSE_TIMEOUT)]
-        for shared in self._held:
-            shared.close()
+        for shared in self._shared:
+            if shared.lock.acquire(timeout=CLOSE_TIMEOUT):
+                shared.close()
+                self._held.append(shared)
 
     def after_fork_in_parent(self) -> None:
         """Release the locks."""
-        for shared in self._held:
-            shared.lock.release()
+        while self._held:
+            self._held.pop().lock.release()
 
     def after_fork_in_child(self) -> None:
         """Start without connections: the threads that held the locks do not exist here."""
+        self._held.clear()
         for shared in self._shared:
             # A connection that was busy is still open. It must not be closed here, not even
             # by the garbage collector (sqlite.org/howtocorrupt.html, 2.6). So keep it.
@@ -513,13 +521,8 @@ class Database:
 
         Raise sqlite3.Error, Unavailable, OSError.
         """
-        self.check_files()
         self._create_file()
-        uri = f"file:{quote(os.fsencode(self.location))}?mode=rw"
-        connection = sqlite3.connect(
-            uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
-        )
-        connection.text_factory = bytes
+        connection = self._open()
         try:
             self._set_journal_mode(connection)
             # Sync every commit. In other modes than WAL, EXTRA also syncs the folder.
@@ -533,8 +536,28 @@ class Database:
         shared.connection = connection
         return connection
 
+    def _open(self) -> sqlite3.Connection:
+        """Open the file. Raise sqlite3.Error, Unavailable."""
+        self.check_files()
+        if os.path.exists(self.location) and 0 < os.path.getsize(self.location) < MIN_DATABASE:
+            # SQLite would take it for an empty database.
+            raise sqlite3.DatabaseError("file is not a database")
+        connection = sqlite3.connect(
+            f"file:{quote(os.fsencode(self.location))}?mode=rw",
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=True,
+        )
+        connection.text_factory = bytes
+        return connection
+
     def _create_file(self) -> None:
-        """Create the file, readable by its owner only. Raise sqlite3.DatabaseError, OSError."""
+        """Create the file, readable by its owner only, if it does not exist.
+
+        Raise Unavailable, OSError.
+        """
+        self.check_files()
         if not os.path.exists(self.location):
             # If there is no schema, fail before there is an empty file.
             self._read_schema()
@@ -543,15 +566,12 @@ class Database:
                 # POSIX locks that the process holds on the file, including SQLite's
                 # (sqlite.org/howtocorrupt.html, 2.2).
                 os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        elif 0 < os.path.getsize(self.location) < MIN_DATABASE:
-            # SQLite would overwrite it.
-            raise sqlite3.DatabaseError("file is not a database")
 
     def _set_journal_mode(self, connection: sqlite3.Connection) -> None:
         """Switch to WAL mode, where readers and a writer do not wait for each other."""
         if not _can_map_files(os.path.dirname(self.location)):
-            # SQLite needs a file mapped into memory for WAL mode, but not to end it while it
-            # has an exclusive lock (sqlite.org/wal.html, 8). The next read releases the lock.
+            # Without mapped files SQLite cannot use WAL mode. It can still end WAL mode while
+            # it has an exclusive lock (sqlite.org/wal.html, 8). The next read releases the lock.
             _execute(connection, "PRAGMA locking_mode = EXCLUSIVE").fetchall()
             _execute(connection, "PRAGMA journal_mode = DELETE").fetchall()
             _execute(connection, "PRAGMA locking_mode = NORMAL").fetchall()
@@ -565,8 +585,8 @@ class Database:
 
     def _create_table(self, connection: sqlite3.Connection) -> None:
         """Create the table if it does not exist. Raise sqlite3.Error, Unavailable, OSError."""
-        find = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE"
-        if _execute(connection, find, (self._table,)).fetchall():
+        find_table = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE"
+        if _execute(connection, find_table, (self._table,)).fetchall():
             return
         schema = self._read_schema()
         problem: object = "it does not create this table"
@@ -577,7 +597,7 @@ class Database:
             # Before Python 3.11, a second statement is an sqlite3.Warning, which is no Error.
             except (sqlite3.Error, sqlite3.Warning) as error:
                 problem = error
-            if not connection.execute(find, (self._table,)).fetchall():
+            if not connection.execute(find_table, (self._table,)).fetchall():
                 raise Unavailable(
                     f"schema.sql must be one statement that creates the table {self._table}: "
                     f"{problem}. Copy the file that belongs to profiler.py"
@@ -609,7 +629,7 @@ def read_file(name: str) -> bytes:
     """
     # A script, and a module that mod_wsgi loads, have no spec.
     spec = globals().get("__spec__")
-    # The module may be a symbolic link to a file that has the others next to it.
+    # If the module is a symbolic link, look next to its target, too.
     for module in (__file__, os.path.realpath(__file__)):
         here = os.path.dirname(module)
         # A wheel has the files in a folder, where no other package overwrites them.
@@ -664,19 +684,17 @@ def _can_map_files(folder: str) -> bool:
     So it is on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders.
     """
     path = os.path.join(folder, f".{os.urandom(8).hex()}.profiler")
-    try:
+    is_refused = False
+    # If no file can be created, a later check says so better.
+    with contextlib.suppress(OSError):
         with open(path, "xb+") as file:
             file.truncate(1)
-            mmap.mmap(file.fileno(), 1).close()
-    except PermissionError:
-        # Whoever may not write here finds out later, with a better message.
-        return True
-    except OSError:
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    return True
+            try:
+                mmap.mmap(file.fileno(), 1).close()
+            except OSError:
+                is_refused = True
+        os.unlink(path)
+    return not is_refused
 
 
 def _sync(path: str) -> None:
@@ -686,7 +704,7 @@ def _sync(path: str) -> None:
         os.fsync(file.fileno())
 
 
-def _rename_new(old: str, new: str) -> None:
+def _publish(old: str, new: str) -> None:
     """Rename a file. Raise FileExistsError rather than replace one, OSError."""
     try:
         # link() fails if there is a file of that name, rename() would replace it.
@@ -706,11 +724,11 @@ def _rename_new(old: str, new: str) -> None:
 
 
 # -- users -----------------------------------------------------------------------------
-# The storage: a table of users in SQLite. `Storage` is all that somebody has to read to
-# write another one.
+# The storage: a table of users in SQLite. To write another storage, implement `Storage`.
 
 MAX_SEARCHES = 64  # searches that wait for another one: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
+PROFILE = ("first_name", "last_name", "email")
 
 
 class EmailTaken(Exception):
@@ -736,7 +754,7 @@ class Storage(Protocol):
 
     @property
     def reads_may_wait(self) -> bool:
-        """True if get, ping and a page of at most BATCH users may take more than a moment."""
+        """True if get, ping or a page of at most SHORT_PAGE users may have to wait."""
 
     def find(self, email: str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with an email, or None.
@@ -760,7 +778,7 @@ class Storage(Protocol):
     ) -> tuple[bytes, int | None]:
         """Return at most `limit` users in the order of their ids, separated by commas.
 
-        The second value is the id of the last user if more follow, or else None.
+        The second value is the `after` of the next page, or None on the last page.
 
         :param after: the id before the page
         :param email: return only the user with this email
@@ -811,7 +829,7 @@ class Storage(Protocol):
 class Failures:
     """Counts the consecutive wrong passwords of each account, in the memory of a process.
 
-    An account is the id of a user, or an unknown email in lower case.
+    An account is the id of a user, or the digest of an unknown email.
     """
 
     # False where counting is so dear that a right password must not be counted: then the
@@ -825,7 +843,7 @@ class Failures:
     def reset(self) -> None:
         """Start counting anew."""
         self._lock = threading.Lock()
-        # The number and the time of the last ones, least recent first.
+        # The number and the time of the last wrong passwords, least recently used first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
     after_fork_in_child = reset
@@ -840,7 +858,10 @@ class Failures:
         return count, time.monotonic() - last
 
     def add(self, account: int | bytes, expected: int | None = None) -> bool:
-        """Add one to the count. Return False if the count is not the expected one any more."""
+        """Add one to the count.
+
+        If `expected` is given and the count differs, change nothing and return False.
+        """
         with self._lock:
             count, _ = self._counts.get(account, (0, 0.0))
             if expected is not None and count != expected:
@@ -915,25 +936,25 @@ class Users:
         self.failures = Failures()
         # Reads of a few rows have a connection of their own, so that they never wait for
         # lookups of a login, for pages of long lists, or for searches.
-        self._reads = database.share_connection()
-        self._lookups = database.share_connection()
-        self._lists = database.share_connection()
-        self._searches = database.share_connection(MAX_SEARCHES)
+        self._read_connection = database.add_connection()
+        self._lookup_connection = database.add_connection()
+        self._list_connection = database.add_connection()
+        self._search_connection = database.add_connection(MAX_SEARCHES)
 
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        return self.database.may_wait(self._reads)
+        return self.database.read_may_wait(self._read_connection)
 
     def find(self, email: str) -> tuple[int, str] | None:
         """See Storage."""
         statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE email = ? COLLATE NOCASE'
-        rows = self.database.read(self._lookups, statement, (email,))
+        rows = self.database.read(self._lookup_connection, statement, (email,))
         return (rows[0][0], str(rows[0][1], "utf-8", "replace")) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
-        rows = self.database.read(self._reads, _GET, (user_id,))
+        rows = self.database.read(self._read_connection, _GET, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_utf8(rows[0][0])
@@ -941,7 +962,7 @@ class Users:
     def get_password_hash(self, user_id: int) -> str:
         """See Storage."""
         statement = f'SELECT {_PASSWORD} FROM "user" WHERE id = ?'
-        rows = self.database.read(self._lookups, statement, (user_id,))
+        rows = self.database.read(self._lookup_connection, statement, (user_id,))
         if not rows:
             raise NoSuchUser
         return str(rows[0][0], "utf-8", "replace")
@@ -964,11 +985,12 @@ class Users:
         }
         statement = _page_statement(descending, email is not None, bool(text))
         if text:
-            connection = self._searches
+            connection = self._search_connection
         elif email is not None:
-            connection = self._lookups
+            connection = self._lookup_connection
         else:
-            connection = self._lists if limit > BATCH else self._reads
+            is_short = limit <= SHORT_PAGE
+            connection = self._read_connection if is_short else self._list_connection
         [(users, last, more)] = self.database.read(connection, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
@@ -999,13 +1021,7 @@ UPDATE "user" SET first_name = coalesce(:first_name, first_name),
 WHERE id = :id
     AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE AND id <> :id)
 """
-        parameters = {
-            "first_name": None,
-            "last_name": None,
-            "email": None,
-            **fields,
-            "id": user_id,
-        }
+        parameters = {**dict.fromkeys(PROFILE), **fields, "id": user_id}
         with self.database.transaction() as connection:
             _run_guard(connection, user_id, guard)
             if connection.execute(statement, parameters).rowcount == 0:
@@ -1033,14 +1049,14 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 
     def count(self) -> int:
         """See Storage."""
-        [(count,)] = self.database.read(self._lists, 'SELECT count(*) FROM "user"')
+        [(count,)] = self.database.read(self._list_connection, 'SELECT count(*) FROM "user"')
         return int(count)
 
     def ping(self) -> None:
         """See Storage."""
         self.database.check_files()
         self.database.check_access()
-        self.database.read(self._reads, f'SELECT {_USER}, password FROM "user" LIMIT 1')
+        self.database.read(self._read_connection, f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
@@ -1051,7 +1067,9 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 connection.execute(_read_schema())
-        return force or self.database.created_table
+        created = force or self.database.created_table
+        self.database.created_table = False
+        return created
 
     def backup(self, path: str) -> None:
         """See Storage."""
@@ -1074,13 +1092,17 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 
 def _to_utf8(text: bytes) -> bytes:
     """Return a text with U+FFFD for invalid UTF-8, which another program may have stored."""
-    return text if text.isascii() else text.decode("utf-8", "replace").encode()
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return text.decode("utf-8", "replace").encode()
+    return text
 
 
 # -- accounts --------------------------------------------------------------------------
 # The rules: which values a field may have, how passwords are hashed and verified, and how
-# many wrong ones an account may have. Creating and changing a user judge the fields;
-# verifying and finding only compare, so that users with older data can log in.
+# many wrong ones an account may have. Creating and changing a user check the fields.
+# Verifying and finding only compare, so that users with older emails can log in.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_HASHING = 128  # requests that hash or wait for a core: half of the server's WORKERS
@@ -1089,7 +1111,6 @@ MAX_HASHING = 128  # requests that hash or wait for a core: half of the server's
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
 
-PROFILE = ("first_name", "last_name", "email")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Unicode's property Default_Ignorable_Code_Point (DerivedCoreProperties.txt).
@@ -1172,7 +1193,7 @@ class Accounts:
     """The rules of accounts, on a storage of users. Any number of threads may call it.
 
     Every method may also raise what the methods of the storage raise: Unavailable, or Busy
-    if the same call may succeed in a moment. The others of the storage can be called, too:
+    if the same call may succeed in a moment. The other methods of the storage are public:
     `accounts.users.get(1)`.
     """
 
@@ -1188,15 +1209,15 @@ class Accounts:
             iterations = os.environ.get("PROFILER_ITERATIONS") or ITERATIONS
         self.users = users
         self.iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
-        # Verified when there is no user or no usable hash, so that this takes as long as a
-        # wrong password.
+        # A password is verified with this hash if there is no user or no usable hash, so that
+        # the answer takes as long.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self.reset()
         call_at_fork(self)
 
     def reset(self) -> None:
         """Create the semaphores. A forked child needs new ones: no other thread exists there."""
-        self._cores = threading.BoundedSemaphore(count_cores())
+        self._slots = threading.BoundedSemaphore(count_cores())
         self._places = threading.BoundedSemaphore(MAX_HASHING)
 
     after_fork_in_child = reset
@@ -1221,7 +1242,7 @@ class Accounts:
         # Do not hash for an email that is taken. Only the insert decides whether it is free.
         if self.users.find(email):
             raise EmailTaken
-        with self._core():
+        with self._hashing_slot():
             password_hash = hash_password(password, self.iterations)
         return self.users.insert(*profile, password_hash)
 
@@ -1268,14 +1289,14 @@ class Accounts:
         while True:
             found = self.users.find(email)
             # bytes.lower() changes ASCII letters only.
-            account, password_hash = found or (email.encode().lower(), self._dummy_hash)
-            with self._core():
+            unknown = hashlib.sha256(email.encode().lower()).digest()
+            account, password_hash = found or (unknown, self._dummy_hash)
+            with self._hashing_slot():
                 self._check_password(account, password_hash, password)
                 new_hash = None
                 if needs_rehash(password_hash, self.iterations):
                     new_hash = hash_password(password, self.iterations)
             if found is None:
-                # The password matches the dummy hash.
                 raise WrongPassword
             user_id = found[0]
             # If the new hash cannot be stored, the next login tries again.
@@ -1304,7 +1325,7 @@ class Accounts:
         # If another request has replaced the hash meanwhile, check the old password again.
         while not is_replaced:
             password_hash = self.users.get_password_hash(user_id)
-            with self._core():
+            with self._hashing_slot():
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
             is_replaced = self.users.replace_password_hash(user_id, password_hash, new_hash, guard)
@@ -1320,7 +1341,7 @@ class Accounts:
         check_field("new_password", new_password)
         # Do not hash for a user who does not exist.
         self.users.get_password_hash(user_id)
-        with self._core():
+        with self._hashing_slot():
             new_hash = hash_password(new_password, self.iterations)
         if not self.users.replace_password_hash(user_id, None, new_hash, guard):
             raise NoSuchUser
@@ -1329,27 +1350,25 @@ class Accounts:
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Raise WrongPassword, TooManyAttempts.
 
-        A wrong password always costs one hash, so that the time reveals nothing.
+        A wrong password costs one hash, also if the stored hash is unusable.
         """
+        if len(password) > MAX_PASSWORD:
+            # It costs no hash. If it counted, floods of it would push out other counts.
+            raise WrongPassword
         failures = self.users.failures
-        is_counted = self._count_attempt(account)
-        if not parse_hash(password_hash):
-            verify_password(self._dummy_hash, password)
-            is_right = False
-            reason = (
-                f"the password hash of user {account!r} is malformed or cannot be verified here"
-            )
-        else:
-            is_right = verify_password(password_hash, password)
-            reason = ""
-        if is_right and is_counted:
-            failures.clear(account)
-        if not is_right and not is_counted:
+        is_counted = self._admit_attempt(account)
+        is_usable = parse_hash(password_hash) is not None
+        is_right = verify_password(password_hash if is_usable else self._dummy_hash, password)
+        if is_right and is_usable:
+            if is_counted:
+                failures.clear(account)
+            return
+        if not is_counted:
             failures.add(account)
-        if not is_right:
-            raise WrongPassword(reason)
+        problem = f"the password hash of user {account!r} is malformed or cannot be verified here"
+        raise WrongPassword("" if is_usable else problem)
 
-    def _count_attempt(self, account: int | bytes) -> bool:
+    def _admit_attempt(self, account: int | bytes) -> bool:
         """Count an attempt as a failure before the hash is computed. Raise TooManyAttempts.
 
         Otherwise a hundred concurrent attempts would all see a count below the limit. Return
@@ -1366,17 +1385,17 @@ class Accounts:
                 return True
 
     @contextlib.contextmanager
-    def _core(self) -> Iterator[None]:
+    def _hashing_slot(self) -> Iterator[None]:
         """Hold one of the cores for a hash. Raise Busy."""
         if not self._places.acquire(blocking=False):
             raise Busy("too many requests wait for a core to hash a password")
         try:
-            if not self._cores.acquire(timeout=HASH_TIMEOUT):
+            if not self._slots.acquire(timeout=HASH_TIMEOUT):
                 raise Busy("no core was free to hash a password")
             try:
                 yield
             finally:
-                self._cores.release()
+                self._slots.release()
         finally:
             self._places.release()
 
@@ -1404,6 +1423,8 @@ def count_cores() -> int:
 
 # The JSON parser recurses, at most 1,000 levels deep.
 MAX_BRACKETS = 500  # [ and { in a body
+MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
+MAX_PARAMETERS = 20  # of a query; there are five
 
 JSON_TYPE = ("Content-Type", "application/json")
 # Sent with every response. Without X-Frame-Options, a website could find out which ids
@@ -1416,8 +1437,8 @@ _HEADERS = (
 # The values for start_response: `200 OK`.
 _STATUSES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Our entity tag, or what a compressing proxy makes of it: W/ before it (nginx), or -gzip at
-# its end (Apache).
+# Our entity tag, also as compressing proxies change it: W/ in front (nginx), or -gzip at the
+# end (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
@@ -1438,8 +1459,7 @@ def to_json(value: object) -> bytes:
 def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
     """Return the status, all headers and the body for a WSGI server.
 
-    The built-in server sends a tuple, which has one part, as a complete body. Any other
-    iterable is a streamed one.
+    A complete body is a tuple of one part. The built-in server streams any other iterable.
     """
     status, body, extra = response
     if isinstance(body, bytes):
@@ -1484,11 +1504,13 @@ def get_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def parse_query(environ: WSGIEnvironment) -> dict[str, str]:
-    """Return the query parameters. The last of repeated ones wins."""
+    """Return the query parameters. The last of repeated ones wins. Raise HTTPError: 400."""
     query = environ.get("QUERY_STRING", "")
     if not query:
         return {}
     query = query.encode("latin-1", "replace").decode("utf-8", "replace")
+    if query.count("&") >= MAX_PARAMETERS:
+        raise HTTPError(400, f"Send at most {MAX_PARAMETERS} parameters")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
     if "email" in parameters:
         # HTML forms write a space as "+", but in an address "+" is a letter.
@@ -1502,18 +1524,12 @@ def make_entity_tag(user: bytes) -> str:
     return f'"{hashlib.sha256(user).hexdigest()[:32]}"'
 
 
-def has_preconditions(environ: WSGIEnvironment) -> bool:
-    """Return True if the request has If-Match or If-None-Match (RFC 9110 13.1)."""
-    return "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ
-
-
-def is_not_modified(environ: WSGIEnvironment, user: bytes | None) -> bool:
+def evaluate_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool:
     """Evaluate the preconditions (RFC 9110 13.2.2). Return True if the response is a 304.
 
     Raise HTTPError: 412 if one is false. Raise NoSuchUser.
     """
-    # An unknown user is a 404, whatever the preconditions (13.2.1). But to delete one is no
-    # error.
+    # An unknown user is a 404 before any precondition (13.2.1), except for DELETE.
     if user is None and environ["REQUEST_METHOD"] != "DELETE":
         raise NoSuchUser
     if_match = environ.get("HTTP_IF_MATCH")
@@ -1530,13 +1546,16 @@ def is_not_modified(environ: WSGIEnvironment, user: bytes | None) -> bool:
 
 def make_guard(environ: WSGIEnvironment) -> Guard | None:
     """Return a guard that evaluates the preconditions, or None if there are none."""
-    return functools.partial(is_not_modified, environ) if has_preconditions(environ) else None
+    if "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ:
+        return functools.partial(evaluate_preconditions, environ)
+    return None
 
 
 def _has_tag(field: str, user: bytes | None) -> bool:
     """Return True if a list has the user's entity tag, or is "*" and there is a user."""
     # Our own tags contain no comma.
-    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in field.split(",")]
+    listed = field.split(",")[:MAX_TAGS]
+    tags = [_ENTITY_TAG.sub(r'\1"', tag.strip(" \t")) for tag in listed]
     return user is not None and (tags == ["*"] or make_entity_tag(user) in tags)
 
 
@@ -1598,7 +1617,7 @@ def create_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         raise HTTPError(400, "password_hash and password exclude each other: send one of them")
     else:
         user_id = accounts.import_user(**get_fields(fields, *PROFILE, "password_hash"))
-    location = ("Location", _url(environ, f"users/{user_id}/"))
+    location = ("Location", _make_path(environ, f"users/{user_id}/"))
     return 201, to_json({"id": user_id}), (JSON_TYPE, location)
 
 
@@ -1608,27 +1627,16 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     Its parameters are limit, after, sort, email and q.
     """
     query = parse_query(environ)
-    limit = after = None
-    try:
-        if "limit" in query:
-            limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
-        if "after" in query:
-            after = parse_number(query["after"], "after", 0, MAX_ID)
-    except ValueError as error:
-        raise HTTPError(400, str(error)) from None
-    email = check_text("email", query["email"]) if "email" in query else None
-    text = check_field("q", query.get("q", ""))
-    descending = query.get("sort") == "-id"
-    if query.get("sort", "id") not in ("id", "-id"):
-        raise HTTPError(400, "sort must be id or -id")
-    page, last = accounts.users.page(limit or BATCH, after, descending, email, text)
+    selection = parse_selection(query)
+    page, last = accounts.users.page(**selection)
     if last is None:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
-    if limit is None and not text:
-        return 200, _stream_users(accounts.users, page, last, descending), (JSON_TYPE,)
-    following: dict[str, object] = {"limit": limit or BATCH, "after": last}
+    if "limit" not in query and not selection["text"]:
+        rest = _stream_users(accounts.users, page, last, selection["descending"])
+        return 200, rest, (JSON_TYPE,)
+    following: dict[str, object] = {"limit": selection["limit"], "after": last}
     following.update((name, query[name]) for name in ("sort", "email", "q") if name in query)
-    url = f"{_url(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
+    url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
 
 
@@ -1636,7 +1644,7 @@ def get_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Resp
     """Return 200 with the user, or 304 if the client has the same."""
     user = accounts.users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    if has_preconditions(environ) and is_not_modified(environ, user):
+    if evaluate_preconditions(environ, user):
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON_TYPE, entity_tag)
 
@@ -1700,19 +1708,20 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         raise HTTPError(404, NOTHING_HERE) from None
     if not path:
         # The page's links are relative to /mount/, and would be wrong at /mount.
-        return 308, b"", (("Content-Type", media_type), ("Location", _url(environ)))
+        return 308, b"", (("Content-Type", media_type), ("Location", _make_path(environ)))
     return 200, content, (("Content-Type", media_type),)
 
 
-_ID = "/users/([0-9]{1,19})"
+LIST = re.compile("/users/?")
+_USER_PATH = "/users/([0-9]{1,19})"
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (
-        re.compile(f"{_ID}/?"),
+        re.compile(f"{_USER_PATH}/?"),
         {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user},
     ),
-    (re.compile("/users/?"), {"GET": list_users, "POST": create_user}),
-    (re.compile(f"{_ID}/password/?"), {"PUT": change_password}),
-    (re.compile(f"{_ID}/password/reset/?"), {"PUT": reset_password}),
+    (LIST, {"GET": list_users, "POST": create_user}),
+    (re.compile(f"{_USER_PATH}/password/?"), {"PUT": change_password}),
+    (re.compile(f"{_USER_PATH}/password/reset/?"), {"PUT": reset_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
     (re.compile("/health/?"), {"GET": get_health}),
     (re.compile("/?"), {"GET": get_file}),
@@ -1721,12 +1730,41 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
 NEEDS_NO_TOKEN = re.compile("/health/?|/?|/openapi[.]json")
 
 
+def parse_selection(query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of Storage.page for a query. Raise HTTPError: 400, InvalidField."""
+    email = check_text("email", query["email"]) if "email" in query else None
+    text = check_field("q", query.get("q", ""))
+    limit = BATCH if text else SHORT_PAGE
+    after = None
+    try:
+        if "limit" in query:
+            limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
+        if "after" in query:
+            after = parse_number(query["after"], "after", 0, MAX_ID)
+    except ValueError as error:
+        raise HTTPError(400, str(error)) from None
+    sort = query.get("sort", "id")
+    if sort not in ("id", "-id"):
+        raise HTTPError(400, "sort must be id or -id")
+    return {
+        "limit": limit,
+        "after": after,
+        "descending": sort == "-id",
+        "email": email,
+        "text": text,
+    }
+
+
 def is_long_read(environ: WSGIEnvironment) -> bool:
-    """Return True if a GET may scan the table, or reads more than a batch of users."""
-    query = parse_query(environ)
-    limit = query.get("limit", "")
-    is_long_page = DIGITS.fullmatch(limit) is not None and int(limit) > BATCH
-    return is_long_page or "q" in query or "email" in query
+    """Return True if a GET may scan the table, or reads more than a short page."""
+    if not environ["QUERY_STRING"] or not LIST.fullmatch(environ["PATH_INFO"]):
+        return False
+    try:
+        selection = parse_selection(parse_query(environ))
+    except (HTTPError, InvalidField):
+        return False
+    is_search = selection["email"] is not None or selection["text"] != ""
+    return is_search or selection["limit"] > SHORT_PAGE
 
 
 def _stream_users(
@@ -1738,13 +1776,13 @@ def _stream_users(
     """
     yield b"[" + page
     while last is not None:
-        page, last = users.page(MAX_LIMIT, last, descending)
+        page, last = users.page(BATCH, last, descending)
         if page:
             yield b"," + page
     yield b"]\n"
 
 
-def _url(environ: WSGIEnvironment, rest: str = "") -> str:
+def _make_path(environ: WSGIEnvironment, rest: str = "") -> str:
     """Return an absolute path below SCRIPT_NAME."""
     mount_point = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1")
     # A Location that starts with two slashes names another host.
@@ -1755,7 +1793,7 @@ def _url(environ: WSGIEnvironment, rest: str = "") -> str:
 # The WSGI callable (PEP 3333), and one table from exception to response, which the server
 # uses, too.
 
-# An empty message stands for the message of the exception.
+# An empty message stands for the exception's own.
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidField: (400, ""),
     EmailTaken: (400, "This email is already registered"),
@@ -1765,10 +1803,10 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
     Busy: (503, "The service is busy: try again"),
     Unavailable: (503, "The database is unavailable: see the server log"),
 }
-_TOKEN = re.compile(f"[!-~]{{{MIN_TOKEN},}}")
-_QUOTED = re.compile("([\"']).*\\1")
+# Some tools keep the quotes around a value (docker run --env-file).
+_TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
 _LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
-_is_loopback = functools.lru_cache(maxsize=64)(_LOOPBACK.fullmatch)
+_match_loopback = functools.lru_cache(maxsize=64)(_LOOPBACK.fullmatch)
 
 
 class Application:
@@ -1800,8 +1838,7 @@ class Application:
     def may_wait(self, environ: WSGIEnvironment) -> bool:
         """Return True if a response may have to wait for a lock, a core, a disk or a scan.
 
-        A server that handles all connections in one thread should run the application in
-        another one then.
+        A server with a single thread should then run the application in another one.
         """
         is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
         return not is_read or self.users.reads_may_wait or is_long_read(environ)
@@ -1827,7 +1864,7 @@ class Application:
                 continue
             handler = handlers.get("GET" if method == "HEAD" else method)
             if not handler:
-                return _refuse_method(method, handlers)
+                return _answer_other_method(method, handlers)
             if not pattern.groups:
                 return handler(self.accounts, environ)
             user_id = int(match[1])
@@ -1854,7 +1891,7 @@ class Application:
         This prevents DNS rebinding: a website can point its name at 127.0.0.1, and browsers
         would send its requests here.
         """
-        if not _is_loopback(environ.get("HTTP_HOST", "localhost")):
+        if not _match_loopback(environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
                 421,
                 "Without a token, only the hosts localhost and 127.0.0.1 are served. Set "
@@ -1865,18 +1902,15 @@ class Application:
 def _parse_tokens(text: str) -> list[bytes]:
     """Return the tokens in a text, separated by white space. Raise ValueError."""
     tokens = text.split()
-    # Some tools keep the quotes around a value (docker run --env-file).
-    if any(map(_QUOTED.fullmatch, tokens)):
-        raise ValueError("write tokens (--token-file, PROFILER_TOKEN) without quotes around them")
     if not tokens or not all(map(_TOKEN.fullmatch, tokens)):
         raise ValueError(
             f"tokens (--token-file, PROFILER_TOKEN) must be at least {MIN_TOKEN} characters of "
-            "visible ASCII"
+            "visible ASCII, without quotes around them"
         )
     return [token.encode() for token in tokens]
 
 
-def _refuse_method(method: str, handlers: Mapping[str, object]) -> Response:
+def _answer_other_method(method: str, handlers: Mapping[str, object]) -> Response:
     """Return the response to OPTIONS. Raise HTTPError: 405 for another method."""
     methods = {*handlers, "OPTIONS"}
     if "GET" in handlers:
@@ -1902,7 +1936,7 @@ def create_app(
         600,000
     :param token: one or several tokens, separated by white space. Requests must have one of
         them. Default: PROFILER_TOKEN, or else none
-    :param anonymous: True serves every request without a token; use it where the
+    :param anonymous: True serves every host if there is no token; use it where the
         application around this one checks access. Otherwise, without a token, only loopback
         hosts are served. Default: PROFILER_ANONYMOUS, or else False
     :raises ValueError: for an invalid setting
@@ -1970,12 +2004,13 @@ MAX_REQUEST_LINE = 8 * 1024  # bytes: the default of nginx and Apache
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 MAX_CHUNK_LINE = 64  # bytes
+MAX_FRAMING = 16 * 1024  # bytes around the chunks of a body: thousands take milliseconds
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 # RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which
 # overrides Host (3.2.2).
-_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ]))?([\x21-\x7e\x80-\xff]*)"
+_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # The beginning of a request line.
@@ -1983,7 +2018,7 @@ _REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]
 # No space before the colon, no folding, no bare CR or LF, no control character (RFC 9112
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
-# RFC 9112 7.1.2. The trailers end with an empty line, which may be the first.
+# RFC 9112 7.1.2. Trailers are header lines, or none, and an empty line.
 _TRAILERS = re.compile(rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode())
 _TRAILERS_END = re.compile(rb"(\A|\n)\r?\n")
 # RFC 9112 7.1. Extensions are ignored.
@@ -2015,7 +2050,7 @@ def parse_head(head: bytes) -> WSGIEnvironment:
         # RFC 9110 5.3. A repeated Host or Content-Length becomes "a, b", which is refused
         # below.
         environ[key] = f"{environ[key]}, {value}" if key in environ else value
-    _check_framing(environ)
+    _check_headers(environ)
     environ["PATH_INFO"] = unquote(environ["PATH_INFO"], "latin-1")
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH", "")
@@ -2024,8 +2059,8 @@ def parse_head(head: bytes) -> WSGIEnvironment:
     return environ
 
 
-def _check_framing(environ: WSGIEnvironment) -> None:
-    """Raise HTTPError: 400, 417, 501 for headers that say wrongly where the request ends."""
+def _check_headers(environ: WSGIEnvironment) -> None:
+    """Check Host, Expect and what says where the body ends. Raise HTTPError: 400, 417, 501."""
     is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     has_host = "HTTP_HOST" in environ or not is_http_1_1
     if not has_host or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
@@ -2058,8 +2093,6 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
     method, authority, target, protocol = match.groups()
     if protocol not in ("HTTP/1.0", "HTTP/1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
-    if not (authority or target[:1] == "/" or target == "*"):
-        raise HTTPError(400, "The request target must be a path")
     path, _, query = target.partition("?")
     environ = {
         "REQUEST_METHOD": method,
@@ -2070,10 +2103,10 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
     return environ, authority
 
 
-def has_request_line(received: bytes) -> bool:
-    """Return True if the request line has arrived.
+def check_request_start(received: bytes) -> bool:
+    """Check the beginning of a head. Return True if its request line is complete.
 
-    Raise HTTPError if it is too long, or cannot become valid, such as TLS: 400, 414, 505.
+    Raise HTTPError at once if the line is invalid, too long or TLS: 400, 414, 505.
     """
     # An empty line may precede the request line (RFC 9112 2.2).
     start = received.removeprefix(b"\r\n")
@@ -2107,11 +2140,10 @@ def decode_chunks(data: bytearray, body: bytearray) -> Iterator[None]:
             raise HTTPError(400, "A chunk must start with its size in hexadecimal digits")
         size = int(match[1], 16)
         framing += end + 3
-        # Tiny chunks cost more time than they bring data.
-        if len(body) + size > MAX_BODY or framing > MAX_BODY:
-            raise HTTPError(
-                413, f"The body, and what encodes it, must be at most {MAX_BODY} bytes"
-            )
+        if len(body) + size > MAX_BODY:
+            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
+        if framing > MAX_FRAMING:
+            raise HTTPError(413, "Send the body in larger chunks")
         del data[: end + 1]
         if size:
             while len(data) < size + 2:
@@ -2150,9 +2182,9 @@ def format_time(second: int) -> tuple[str, str]:
 # says beforehand which requests may wait. A worker touches no socket. It puts its result
 # into a queue and writes a byte to a socket pair, which wakes the selector.
 #
-# In a round, the I/O thread computes the responses to all requests that have arrived, and
-# sends them afterwards. To wake a client takes longer than to send to it, and a client with
-# many connections is woken once instead of once for each.
+# The I/O thread computes the responses to several requests that have arrived, and sends them
+# afterwards. To wake a client takes longer than to send to it, and a client with many
+# connections is woken once instead of once for each.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2165,6 +2197,7 @@ LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
+RETRY_PAUSE = 0.2  # after a 503, before the next request of the connection is read
 LOG_INTERVAL = 0.01  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 WORKERS = 256  # threads at most
@@ -2172,6 +2205,7 @@ MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 SELECT_FILES = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
+SENT_TOGETHER = 32  # requests whose responses are computed before they are sent
 RECEIVE_SIZE = 64 * 1024  # bytes per read; longer responses are sent without waiting
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
@@ -2297,7 +2331,7 @@ class Server(WSGIServer):
             try:
                 result = function()
             except Exception as error:
-                # resume() takes an OSError for a lost connection, and logs nothing.
+                # resume() treats an OSError as a lost connection, and would not log it.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
             # A worker without a job would keep the last connection and its request body.
@@ -2315,28 +2349,31 @@ class Server(WSGIServer):
             connection.resume(result)
 
     def _serve_round(self) -> None:
-        """Wait for events, and resume the connections that they are for.
-
-        Then resume those whose turn it is, or whose deadline has passed.
-        """
+        """Wait for events, and handle them. Then look whose deadline has passed."""
         # With a timeout, because a signal that arrives just before select() does not
         # interrupt it.
         self._handle_events(0 if self.ready else CHECK_INTERVAL)
-        ready = self.ready
-        self.ready = {}
-        for connection in ready:
-            connection.resume()
-        if time.monotonic() > self._next_check:
+        now = time.monotonic()
+        if now > self._next_check:
             # The process may have been suspended. What has arrived meanwhile comes first.
             self._handle_events(0)
-            now = time.monotonic()
             self._next_check = now + CHECK_INTERVAL
             for connection in [each for each in self.connections if each.deadline < now]:
                 connection.resume(TimeoutError())
 
     def _handle_events(self, timeout: float) -> None:
-        for key, _ in self.selector.select(timeout):
+        """Resume the connections that have an event, then those whose turn it is."""
+        for number, (key, _) in enumerate(self.selector.select(timeout), 1):
             key.data()
+            if number % SENT_TOGETHER == 0:
+                self._resume_ready()
+        self._resume_ready()
+
+    def _resume_ready(self) -> None:
+        ready = self.ready
+        self.ready = {}
+        for connection in ready:
+            connection.resume()
 
     def _accept(self, limit: int = ACCEPTS) -> None:
         """Accept connections. At the limit of connections, close others for them."""
@@ -2363,8 +2400,7 @@ class Server(WSGIServer):
         """Close the connection that has been idle longest. Return False if none can be closed.
 
         If none is idle, close the one that waits for its client and is nearest to its
-        deadline. If there are thousands, close several, because the search takes
-        milliseconds then.
+        deadline. Of thousands, close one in a thousand, so that the search is rare.
         """
         victims = [each for each, _ in zip(self.idle, range(1))]
         if not victims:
@@ -2452,7 +2488,9 @@ class Connection:
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise OSError."""
         while not self.is_last:
-            if not self.received:
+            # An empty line between requests is ignored (RFC 9112 2.2).
+            while self.received in (b"", b"\r\n"):
+                self.received = b""
                 # At shutdown, a request that has arrived already is answered.
                 timeout = 0 if self.server.stopping else IDLE_TIMEOUT
                 self.deadline = time.monotonic() + timeout
@@ -2494,6 +2532,11 @@ class Connection:
             if self.head.startswith(b"HEAD "):
                 body = (b"",)
         yield from self._send_response(status, headers, body)
+        if status.startswith("503") and not self.is_last:
+            # Clients that try again at once would keep the threads busy that serve others.
+            self.deadline = time.monotonic() + RETRY_PAUSE
+            with contextlib.suppress(TimeoutError):
+                yield NOTHING
 
     def _run_application(self, environ: WSGIEnvironment) -> tuple[Any, ...]:
         """Return the status, the headers and the body of a response. Raise what it raises."""
@@ -2513,7 +2556,7 @@ class Connection:
         searched = 0
         while not (end := HEAD_END.search(self.received, searched)):
             self.head = self.received.removeprefix(b"\r\n")
-            is_line_checked = is_line_checked or has_request_line(self.received)
+            is_line_checked = is_line_checked or check_request_start(self.received)
             check_head_size(self.received)
             # The empty line may have begun with the last two bytes.
             searched = max(0, len(self.received) - 2)
@@ -2572,10 +2615,11 @@ class Connection:
 
     def _send(self, message: bytes) -> Steps:
         """Send a message. Raise OSError, among them TimeoutError if the client stops reading."""
-        while message:
+        rest = memoryview(message)
+        while rest:
             try:
-                sent = self.socket.send(message)
-                message = message[sent:]
+                sent = self.socket.send(rest)
+                rest = rest[sent:]
             except BlockingIOError:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield WRITE
@@ -2600,8 +2644,8 @@ class Connection:
             if isinstance(body, tuple):
                 size = len(body[0])
                 message = head + body[0]
-                # Others have a turn between two requests of a connection. Short responses of
-                # a round are sent together; to keep many long ones would take memory.
+                # Others have a turn between two requests of a connection. Short responses are
+                # sent together; to keep many long ones would take memory.
                 if len(message) < RECEIVE_SIZE:
                     yield LATER
                     yield from self._send(message)
@@ -2788,7 +2832,7 @@ def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
         )
     users.ping()
     count = users.count()
-    # If the file is moved before the first request, do not serve it.
+    # The first request opens the file again, and notices if it was moved.
     users.close()
     try:
         server = Server(family, address, app, not arguments.no_access_log)

@@ -1,20 +1,24 @@
-"""Users in PostgreSQL, MySQL or MariaDB, for services that outgrow one SQLite file: a
-storage of profiler.
+"""Users in PostgreSQL, MySQL or MariaDB, for services that outgrow one SQLite file.
 
+    export PROFILER_DATABASE=postgresql://app@db.example/app
+    python -m profiler_sqlalchemy
     gunicorn profiler_sqlalchemy:application
-    python -m profiler_sqlalchemy --database postgresql://app:secret@db.example/app
-    python -m profiler_sqlalchemy copy db.sqlite3 mysql://app@127.0.0.1/app
+    python -m profiler_sqlalchemy copy db.sqlite3
 
-It has the options, commands and environment variables of profiler, which provides the
-rules, the HTTP interface and the server; here, a database is a URL or a path. Responses
-are the same on every database, byte for byte. Install it with `pip install
-'profiler-users[postgresql]'` or `'profiler-users[mysql]'`.
+This module is another storage for profiler.py, which provides the rules, the HTTP interface,
+the server, the options and the commands. A database is a URL here, or the path of an SQLite
+file. Responses are the same on every database, byte for byte.
+
+It needs SQLAlchemy and a driver: pip install sqlalchemy "psycopg[binary]" for PostgreSQL,
+pip install sqlalchemy pymysql for MySQL and MariaDB. docs/databases.md describes the URL,
+where its password belongs, poolers and clusters.
 """
 
 from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -22,35 +26,43 @@ import random
 import re
 import sqlite3
 import sys
+import threading
 import time
-from datetime import datetime, timezone
-from typing import NamedTuple
-
-import sqlalchemy
-from sqlalchemy import BigInteger, Column, DateTime, Identity, String, Table, Text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.schema import CreateTable
 
 import profiler
 from profiler import Busy, EmailTaken, NoSuchUser, Unavailable
 
+INSTALL = (
+    'pip install sqlalchemy "psycopg[binary]" for PostgreSQL, '
+    "pip install sqlalchemy pymysql for MySQL and MariaDB"
+)
+try:
+    import sqlalchemy
+    from sqlalchemy.engine import URL, make_url
+    from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+except ImportError as error:
+    if __name__ == "__main__":
+        sys.exit(f"profiler: {error}: {INSTALL}")
+    raise ImportError(f"{error}: {INSTALL}") from None
+
 TYPE_CHECKING = False  # as in profiler
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Generator, Iterator, Mapping, Sequence
-    from typing import Any, Callable, TypeVar
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any, Callable, ClassVar, TypeVar
 
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-    from profiler import Guard, Path
+    from profiler import Guard, Path, Steps
 
+    Rows = list[Any]
+    # of Failures
+    Account = int | bytes
     Result = TypeVar("Result")
 
 # -- configuration ---------------------------------------------------------------------
 
-DRIVERS = {  # from the scheme of a URL to SQLAlchemy's
+# SQLAlchemy's name of the driver for each scheme of a URL.
+DRIVERS = {
     "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg",
     "postgresql+psycopg": "postgresql+psycopg",
@@ -59,211 +71,335 @@ DRIVERS = {  # from the scheme of a URL to SQLAlchemy's
     "mariadb": "mysql+pymysql",
     "mariadb+pymysql": "mysql+pymysql",
 }
+# Options of the drivers whose values are no text.
+NO_TEXT = {"conv", "cursor_factory", "cursorclass", "prepare_threshold", "row_factory", "ssl"}
 POOL_SIZE = 8  # connections of a process
+# Searches read the whole table. If they could take all connections, logins would wait.
+MAX_SEARCHES = 2  # connections that search at the same time
 
-# A request takes little more than TIMEOUT. All in seconds.
+# Seconds. A request takes little more than TIMEOUT.
 TIMEOUT = 10  # for a statement
 LOCK_TIMEOUT = 5  # for a row that others have locked, on MySQL and MariaDB
 CONNECT_TIMEOUT = 5  # to connect to a host
 POOL_TIMEOUT = 2.0  # to wait for a connection of the pool
 RETRY_TIME = 2.0  # from the start of a request to its last attempt
-PING_AFTER = 1.0  # of idle time, before a write
-GRACE = 1.0  # after TIMEOUT, before a connection that waits is closed
+PING_AFTER = 1.0  # a connection that was idle for longer is tested before a write
+GRACE = 1.0  # from TIMEOUT to the end of a connection that still waits
 PAUSE = 0.1  # between attempts, at most
 ATTEMPTS = 3
 COPY_BATCH = 1000  # users
 
+# An account that was left alone for this time may have all its attempts at once again. To
+# wait for that allows no more guesses than to guess at every interval.
+FORGET_FAILURES = int(profiler.MAX_FAILURES * profiler.ATTEMPT_INTERVAL)  # seconds
+FORGET_EVERY = 100  # wrong passwords: how often old ones are deleted, on average
+RETRY_FAILURES = 60.0  # seconds to count in memory before the table is tried again
+
 # SQLSTATEs of PostgreSQL; error numbers of MySQL and MariaDB.
 DUPLICATE_KEY = ("23505", 1062)
-ROLLED_BACK = ("40001", "40P01", 1213, 1205)  # deadlocks, and conflicts with other transactions
-STALE_STATEMENT = (
-    "0A000",
-    "26000",
-    "42P05",
-)  # a prepared statement does not fit the table, or is gone
-READ_ONLY = ("25006", 1290, 1792, 1836)  # the server has become a standby
+# Deadlocks, and conflicts with other transactions.
+ROLLED_BACK = ("40001", "40P01", 1213, 1205)
+# A prepared statement does not fit the table any more, or is gone.
+STALE_STATEMENT = ("0A000", "26000", "42P05")
+# The server has become a standby.
+READ_ONLY = ("25006", 1290, 1792, 1836)
+# PostgreSQL's driver has only the message of an error while it connects.
+TOO_MANY_CONNECTIONS = "too many|Too many|connection slots|max_user_connections"
 
 
 # -- dialects --------------------------------------------------------------------------
-# `email` is as entered, `email_key` as compared: MariaDB has no index on an expression,
-# and lower() of every database depends on its locale. Both compare bytes, because other
-# collations equate e and é, or all emoji.
-
-_USERS = Table(
-    "user",
-    sqlalchemy.MetaData(),
-    Column("id", BigInteger, Identity(), primary_key=True),
-    Column("first_name", String(255), nullable=False),
-    Column("last_name", String(255), nullable=False),
-    Column("email", String(254), nullable=False),
-    Column(
-        "email_key",
-        String(254).with_variant(String(254, "C"), "postgresql"),
-        nullable=False,
-        unique=True,
-    ),
-    Column("password", Text, nullable=False),
-    Column("created_on", DateTime, nullable=False),  # in UTC
-    mysql_engine="InnoDB",
-    mysql_charset="utf8mb4",
-    mysql_collate="utf8mb4_bin",
-)
+# The SQL in which the databases differ.
+#
+# `email` is as entered, `email_key` as compared: MariaDB has no index on an expression, and
+# lower() of every database depends on its locale. Both compare bytes, because other
+# collations equate e and é, or all emoji. `created_on` is in UTC.
+#
+# profiler_failure counts wrong passwords: `account` is a SHA-256, `last` is Unix time by the
+# clock of the database, because the clocks of several machines differ.
 
 
-class _Dialect(NamedTuple):
-    """The SQL in which the databases differ."""
+class _Dialect:
+    table = '"user"'
+    create_user: str
+    create_profiler_failure: str
+    # created_on as text, so that no stored value is outside Python's range
+    created_on: str
+    # A row if the table with a name exists.
+    find_table = ""
+    # What makes the table of users useless, or NULL.
+    find_problem = ""
+    # The condition that a user contains a text.
+    contains = ""
+    # Options of the method that executes a search.
+    search_options: ClassVar[Mapping[str, bool]] = {}
+    # How an INSERT returns the id.
+    returning = ""
+    # How an INSERT changes the row if it exists.
+    on_duplicate = ""
+    # the time in UTC, without fractions of a second; and Unix time
+    now = ""
+    unix_time = ""
 
-    table: str
-    created_on: str  # as text, so that no stored value is outside Python's range
-    last_id: str  # the highest id that was ever used
+    # for copies
+    text = "TEXT"
+    insert = """
+INSERT INTO "user" (id, first_name, last_name, email, email_key, password, created_on)
+VALUES (:id, :first_name, :last_name, :email, :email_key, :password, :created_on)
+"""
+    # A row whose last column is or contains the highest id that was ever used.
+    last_id: str
     set_last_id: str
-    exists: str = ""  # the table
-    contains: str = ""  # the condition that a column contains a text
-    returning: str = ""
-    text: str = "{}"  # a column as text
+    # The database counts the next id, not the last one.
+    counts_next = False
 
 
-_DIALECTS = {
-    "postgresql": _Dialect(
-        table='"user"',
-        exists="""SELECT 1 WHERE to_regclass('"user"') IS NOT NULL""",
-        # JSON has the ISO format whatever DateStyle is.
-        created_on="replace(to_jsonb(date_trunc('second', created_on)) #>> '{}', 'T', ' ')",
-        contains="""{} COLLATE "C" ILIKE %(pattern)s ESCAPE '!'""",
-        returning="RETURNING id",
-        last_id="""
+_IS_AMBIGUOUS = "'é' = coalesce((SELECT email_key FROM {} LIMIT 0), 'e')"
+_AMBIGUOUS = "email_key has a collation that equates é and e: its collation must be "
+
+
+class _PostgreSQL(_Dialect):
+    create_user = """
+CREATE TABLE "user" (
+    id BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+    first_name VARCHAR(255) NOT NULL,
+    last_name VARCHAR(255) NOT NULL,
+    email VARCHAR(254) NOT NULL,
+    email_key VARCHAR(254) COLLATE "C" NOT NULL UNIQUE,
+    password TEXT NOT NULL,
+    created_on TIMESTAMP NOT NULL
+)
+"""
+    create_profiler_failure = """
+CREATE TABLE profiler_failure (
+    account CHAR(64) COLLATE "C" PRIMARY KEY,
+    count BIGINT NOT NULL,
+    last DOUBLE PRECISION NOT NULL
+)
+"""
+    # JSON has the ISO format whatever DateStyle is.
+    created_on = "replace(to_jsonb(date_trunc('second', created_on)) #>> '{}', 'T', ' ')"
+    find_table = "SELECT 1 WHERE to_regclass(%s) IS NOT NULL"
+    find_problem = f"""
+SELECT CASE
+    WHEN pg_typeof((SELECT id FROM "user" LIMIT 0))::text NOT IN ('smallint', 'integer', 'bigint')
+        THEN 'the ids are no integers: the type of id must be bigint'
+    WHEN pg_typeof((SELECT created_on FROM "user" LIMIT 0)) <> 'timestamp'::regtype
+        THEN 'the type of created_on must be timestamp without time zone'
+    WHEN {_IS_AMBIGUOUS.format('"user"')} THEN '{_AMBIGUOUS}"C"'
+    WHEN EXISTS (
+        SELECT FROM pg_class WHERE oid = to_regclass('"user"') AND relkind IN ('r', 'p')
+    ) AND NOT EXISTS (
+        SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+        WHERE indrelid = to_regclass('"user"') AND attname = 'email_key' AND indnkeyatts = 1
+            AND indisunique AND indisvalid AND indpred IS NULL
+    ) THEN 'email_key has no unique index'
+END
+"""
+    contains = """
+(first_name COLLATE "C" ILIKE %(pattern)s ESCAPE '!'
+    OR last_name COLLATE "C" ILIKE %(pattern)s ESCAPE '!'
+    OR email COLLATE "C" ILIKE %(pattern)s ESCAPE '!')
+"""
+    # A prepared statement has one plan for all texts, which uses no index.
+    search_options: ClassVar = {"prepare": False}
+    returning = "RETURNING id"
+    on_duplicate = "ON CONFLICT (account) DO UPDATE SET"
+    now = "date_trunc('second', now() AT TIME ZONE 'UTC')"
+    unix_time = "extract(epoch FROM now())::float8"
+    last_id = """
 SELECT last_value FROM pg_sequences
 WHERE format('%I.%I', schemaname, sequencename) = pg_get_serial_sequence('"user"', 'id')
-""",
-        set_last_id="SELECT setval(pg_get_serial_sequence('\"user\"', 'id'), {0})",
-    ),
-    "mysql": _Dialect(
-        table="user",
-        exists="SHOW TABLES LIKE 'user'",
-        created_on="LEFT(created_on, 19)",
-        contains="LOWER({}) LIKE LOWER(%(pattern)s) ESCAPE '!'",
-        last_id="SHOW CREATE TABLE user",
-        set_last_id="ALTER TABLE user AUTO_INCREMENT = {1}",
-    ),
-    "sqlite": _Dialect(  # for copies
-        table='"user"',
-        text="CAST({} AS TEXT)",
-        created_on="CAST(created_on AS TEXT)",
-        last_id="SELECT seq FROM sqlite_sequence WHERE name = 'user'",
-        set_last_id="INSERT INTO sqlite_sequence VALUES ('user', {0})",
-    ),
-}
+"""
+    set_last_id = "SELECT setval(pg_get_serial_sequence('\"user\"', 'id'), {})"
+
+
+class _MySQL(_Dialect):
+    table = "user"
+    create_user = """
+CREATE TABLE user (
+    id BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY,
+    first_name VARCHAR(255) NOT NULL,
+    last_name VARCHAR(255) NOT NULL,
+    email VARCHAR(254) NOT NULL,
+    email_key VARCHAR(254) NOT NULL UNIQUE,
+    password TEXT NOT NULL,
+    created_on DATETIME NOT NULL
+) ENGINE=InnoDB CHARACTER SET utf8mb4 COLLATE utf8mb4_bin
+"""
+    create_profiler_failure = """
+CREATE TABLE profiler_failure (
+    account CHAR(64) NOT NULL PRIMARY KEY,
+    count BIGINT NOT NULL,
+    last DOUBLE NOT NULL
+) ENGINE=InnoDB CHARACTER SET ascii COLLATE ascii_bin
+"""
+    created_on = "LEFT(created_on, 19)"
+    find_table = "SHOW TABLES LIKE %s"
+    find_problem = f"""
+SELECT CASE
+    WHEN NOT EXISTS (
+        SELECT 1 FROM information_schema.columns WHERE table_schema = database()
+            AND table_name = 'user' AND column_name = 'id' AND data_type LIKE '%int'
+    ) THEN 'the ids are no integers: the type of id must be bigint'
+    WHEN {_IS_AMBIGUOUS.format("user")} THEN '{_AMBIGUOUS}utf8mb4_bin'
+    WHEN EXISTS (
+        SELECT 1 FROM information_schema.tables JOIN information_schema.engines USING (engine)
+        WHERE table_schema = database() AND table_name = 'user' AND transactions <> 'YES'
+    ) THEN 'its storage engine has no transactions: the engine must be InnoDB'
+    WHEN EXISTS (
+        SELECT 1 FROM information_schema.tables WHERE table_schema = database()
+            AND table_name = 'user' AND table_type = 'BASE TABLE'
+    ) AND NOT EXISTS (
+        SELECT 1 FROM information_schema.statistics
+        WHERE table_schema = database() AND table_name = 'user'
+        GROUP BY index_name HAVING count(*) = 1 AND max(non_unique) = 0
+            AND max(column_name) = 'email_key' AND max(sub_part) IS NULL
+    ) THEN 'email_key has no unique index'
+END
+"""
+    contains = """
+(LOWER(first_name) LIKE LOWER(%(pattern)s) ESCAPE '!'
+    OR LOWER(last_name) LIKE LOWER(%(pattern)s) ESCAPE '!'
+    OR LOWER(email) LIKE LOWER(%(pattern)s) ESCAPE '!')
+"""
+    on_duplicate = "ON DUPLICATE KEY UPDATE"
+    now = "utc_timestamp()"
+    # unix_timestamp() depends on the time zone, in which an hour may occur twice.
+    unix_time = "(timestampdiff(microsecond, '1970-01-01', utc_timestamp(6)) / 1e6)"
+    text = "CHAR"
+    insert = _Dialect.insert.replace('"', "")
+    last_id = "SHOW CREATE TABLE user"
+    set_last_id = "ALTER TABLE user AUTO_INCREMENT = {}"
+    counts_next = True
+
+
+class _SQLite(_Dialect):
+    """For copies only."""
+
+    created_on = "CAST(created_on AS TEXT)"
+    insert = """
+INSERT INTO "user" (id, first_name, last_name, email, password, created_on)
+VALUES (:id, :first_name, :last_name, :email, :password, :created_on)
+"""
+    last_id = "SELECT seq FROM sqlite_sequence WHERE name = 'user'"
+    set_last_id = """
+DELETE FROM sqlite_sequence WHERE name = 'user';
+INSERT INTO sqlite_sequence VALUES ('user', {})
+"""
+
+
+_DIALECTS = {"postgresql": _PostgreSQL, "mysql": _MySQL, "sqlite": _SQLite}
 
 
 def _to_json(rows: Sequence[Any]) -> bytes:
-    """Return users as comma-separated JSON objects. An encoder with a dict for each
-    takes twice as long.
+    """Return users as JSON objects, separated by commas.
+
+    An encoder with a dict for each takes twice as long.
     """
     quote = json.encoder.encode_basestring
-    users = [
-        f'{{"id":{user_id},"first_name":{quote(first_name)},"last_name":{quote(last_name)},"email":{quote(email)},'
-        f'"created_on":{quote(created_on)}}}'
+    return ",".join(
+        f'{{"id":{user_id},"first_name":{quote(first_name)},"last_name":{quote(last_name)},'
+        f'"email":{quote(email)},"created_on":{quote(created_on)}}}'
         for user_id, first_name, last_name, email, created_on in rows
-    ]
-    return ",".join(users).encode()
+    ).encode()
 
 
 # -- connections -----------------------------------------------------------------------
-# Theory of operation: the threads of a process share a pool of connections in
-# autocommit mode. Every operation is one statement, except writes with a precondition,
-# which lock the row in a transaction. Statements run on the driver's own cursor,
-# because SQLAlchemy's takes longer than the database. Whether a connection still works
-# is tested before a write, if it was idle; a read is simply repeated. A write whose
-# connection broke is not, because it may have been committed. After a fork, the child
-# abandons its parent's connections.
+# Theory of operation: the threads of a process share a pool of connections, which are in
+# autocommit mode. Every operation is one statement, except for writes with a precondition:
+# they lock the row in a transaction. Statements are executed by the driver's own cursor,
+# because SQLAlchemy's takes longer than the database does.
+#
+# A connection may have broken while it was idle. A read is simply repeated on another one.
+# A write is not repeated if its connection broke, because it may have been committed.
+# Therefore a connection that was idle is tested before a write. After a fork, the child
+# abandons the connections of its parent.
 
 
 def _parse_url(text: str) -> URL:
-    """Return the URL with SQLAlchemy's name of the driver. Raise ValueError, without
-    the password in the URL.
+    """Return the URL, with SQLAlchemy's name of the driver.
+
+    Raise ValueError. The message contains no part of the URL that may be a password.
     """
     try:
-        url = make_url(text)
+        url = make_url(text.strip())
     except (ArgumentError, ValueError):
         raise ValueError(
-            "invalid database URL: write it as postgresql://user:password@host:5432/name, "
-            "with %40 for @ and %2F for / in the password"
+            "invalid database URL: write it as postgresql://user:password@host:5432/name, with "
+            "%40 for @ and %2F for / in the password, or with several hosts as "
+            "postgresql://user:password@/name?host=a,b&port=5432,5432"
         ) from None
     if url.drivername not in DRIVERS:
         raise ValueError(
-            f"{url.drivername}:// is not supported: use a path, or a URL that starts with postgresql://, mysql:// "
-            "or mariadb://"
+            f"{url.drivername}:// is not supported: use a path, or a URL that starts with "
+            "postgresql://, mysql:// or mariadb://"
         )
+    for name in NO_TEXT.intersection(url.query):
+        hint = ": write ssl_ca=FILE" if name == "ssl" else ""
+        raise ValueError(f"the option {name} cannot be set in a URL{hint}")
     return url.set(drivername=DRIVERS[url.drivername])
 
 
-def _hosts(url: URL) -> list[str]:
-    """Return the hosts in the query of a URL."""
-    hosts = url.query.get("host", ())
-    return [
-        host for part in ([hosts] if isinstance(hosts, str) else hosts) for host in part.split(",")
-    ]
+def _list_hosts(url: URL) -> str:
+    """Return the hosts in the query of a URL, separated by commas."""
+    return ",".join(url.normalized_query.get("host", ()))
 
 
-def _location(url: URL) -> str:
-    """Return the URL for people, without its password, and without its query, which may
-    contain one.
-    """
-    location = str(
-        URL.create(url.get_backend_name(), url.username, None, url.host, url.port, url.database)
-    )
-    return f"{location} on {', '.join(_hosts(url))}" if _hosts(url) else location
+def _describe(url: URL) -> str:
+    """Return the URL for people, without its password and its query, which may contain one."""
+    backend = url.get_backend_name()
+    location = str(URL.create(backend, url.username, None, url.host, url.port, url.database))
+    hosts = _list_hosts(url)
+    return f"{location} on {hosts}" if hosts else location
 
 
-def _options(url: URL) -> dict[str, Any]:
-    """Return the driver's options of a connection. Those in the URL take precedence."""
+def _add_options(url: URL) -> URL:
+    """Return the URL with our options of the driver. Those in the URL take precedence."""
     if url.get_backend_name() == "mysql":
-        options = {
-            "connect_timeout": CONNECT_TIMEOUT,
-            "read_timeout": TIMEOUT,
-            "write_timeout": TIMEOUT,
-            "charset": "utf8mb4",
-            # Without a strict mode, MySQL truncates what is too long.
-            "init_command": f"SET SESSION sql_mode='TRADITIONAL', innodb_lock_wait_timeout={LOCK_TIMEOUT}",
-        }
+        # The server ends a statement when its client gives up.
+        patience = str(url.query.get("read_timeout"))
+        timeout = int(patience) if profiler.DIGITS.fullmatch(patience) else TIMEOUT
+        # Without a strict mode, MySQL truncates what is too long. Each of MySQL and MariaDB
+        # refuses the other's variable of a timeout. MariaDB executes the first comment,
+        # MySQL the second.
+        options = (
+            f"connect_timeout={CONNECT_TIMEOUT}&read_timeout={TIMEOUT}&write_timeout={TIMEOUT}"
+            "&charset=utf8mb4&init_command=SET SESSION sql_mode='TRADITIONAL'"
+            f", innodb_lock_wait_timeout={LOCK_TIMEOUT}"
+            f" /*M!100108 , max_statement_time={timeout} */"
+            f" /*!50708 , max_execution_time={timeout * 1000} */"
+        )
     else:
-        options = {
-            # For each host. libpq's minimum is 2.
-            "connect_timeout": max(2, min(CONNECT_TIMEOUT, TIMEOUT // max(1, len(_hosts(url))))),
-            "application_name": "profiler",
-            "client_encoding": "utf8",
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            "tcp_user_timeout": TIMEOUT * 1000,  # milliseconds
-        }
-    return {name: value for name, value in options.items() if name not in url.query}
+        # for each host; libpq's minimum is 2
+        timeout = max(2, min(CONNECT_TIMEOUT, TIMEOUT // (_list_hosts(url).count(",") + 1)))
+        options = (
+            f"connect_timeout={timeout}&keepalives_idle=5&keepalives_interval=2&keepalives_count=3"
+            f"&tcp_user_timeout={TIMEOUT * 1000}&application_name=profiler&client_encoding=utf8"
+        )
+    return url.set(query={**make_url(f"x://?{options}").query, **url.query})
 
 
 def _create_engine(url: URL) -> Engine:
-    """Return an engine, which connects on first use. Raise ValueError if the driver is
-    not installed.
-    """
+    """Return an engine, which connects on first use. Raise ValueError without a driver."""
     backend = url.get_backend_name()
+    # As bytes, because PyMySQL encodes text as Latin-1.
+    password = str(url.query.get("password", url.password or "")).encode()
     try:
         engine = sqlalchemy.create_engine(
-            url,
-            connect_args=_options(url),
+            _add_options(url),
+            connect_args={"password": password} if backend == "mysql" else {},
             isolation_level="AUTOCOMMIT",
             skip_autocommit_rollback=True,
             pool_reset_on_return=None,
             hide_parameters=True,
             pool_size=POOL_SIZE,
             max_overflow=0,
-            pool_timeout=POOL_TIMEOUT,
             pool_use_lifo=True,
         )
-    except (ImportError, NoSuchModuleError) as error:
-        raise ValueError(
-            f"{url.drivername}: {error}: pip install 'profiler-users[{backend}]'"
-        ) from None
+    except ImportError as error:
+        raise ValueError(f"{error}: {INSTALL}") from None
 
-    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+    def prepare(connection: Any, record: Any) -> None:
         record.info.update(opened=time.monotonic(), used=time.monotonic())
         if backend == "postgresql":
             _prepare_psycopg(connection, record.info, "options" not in url.query)
@@ -272,54 +408,19 @@ def _create_engine(url: URL) -> Engine:
     return engine
 
 
-def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -> None:
-    """Prepare a new connection for use. Raise Unavailable if the database cannot store
-    every character.
-    """
-    _limit_waiting(connection, info)
-    info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding == "SQL_ASCII":
-        _replace_invalid_utf8(connection)
-    elif encoding != "UTF8":
-        raise Unavailable(
-            f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'"
-        )
-    if connection.info.backend_pid != connection.execute("SELECT pg_backend_pid()").fetchone()[0]:
-        # There is a pooler. Its clients may share a session, and with it the names of
-        # prepared statements: a statement would execute another client's. Settings
-        # would apply to others, too.
-        connection.prepare_threshold = None
-    elif set_timeout:
-        connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
-    info["deadline"] = float("inf")
-
-
-def _replace_invalid_utf8(connection: Any) -> None:
-    """Read U+FFFD for invalid UTF-8, which a database with the encoding SQL_ASCII may contain."""
-    from psycopg.adapt import Loader
-
-    connection.execute(
-        "SET client_encoding = 'SQL_ASCII'"
-    )  # otherwise the server refuses to send it
-
-    class ReplacingLoader(Loader):
-        def load(self, data: Any) -> str:
-            return bytes(data).decode("utf-8", "replace")
-
-    for type_name in ("text", "varchar"):
-        connection.adapters.register_loader(type_name, ReplacingLoader)
-
-
 def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
-    """Close a connection that waits beyond the deadline in `info`: a server that hangs
-    does not close it.
+    """Close a connection that waits beyond the deadline in `info`.
+
+    psycopg has no timeout for reading. The server's ends no statement while the server
+    hangs. psycopg's method `wait` runs a generator: it yields what it waits for, and
+    receives whether that is ready, at least every 0.1 seconds.
     """
     from psycopg import OperationalError
 
+    info["deadline"] = time.monotonic() + CONNECT_TIMEOUT
     wait = connection.wait
 
-    def limited(steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    def limited(steps: Steps) -> Steps:
         try:
             wanted = next(steps)
             while True:
@@ -331,45 +432,57 @@ def _limit_waiting(connection: Any, info: dict[str, Any]) -> None:
         except StopIteration as end:
             return end.value
 
-    connection.wait = lambda steps, *arguments, **options: wait(
-        limited(steps), *arguments, **options
-    )
+    connection.wait = lambda steps: wait(limited(steps))
 
 
-def _fetch(cursor: Any, statement: str, parameters: Any = ()) -> list[Any]:
-    """Execute a SELECT and return its rows."""
+def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -> None:
+    """Prepare a new connection. Raise Unavailable if the database cannot store all characters."""
+    _limit_waiting(connection, info)
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise Unavailable(
+            f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'"
+        )
+    [(pid,)] = connection.execute("SELECT pg_backend_pid()").fetchall()
+    if pid != connection.info.backend_pid:
+        # There is a pooler. Its clients may share a session, and with it the names of
+        # prepared statements: a statement would execute another client's. Settings
+        # would apply to others, too.
+        connection.prepare_threshold = None
+    elif set_timeout:
+        connection.execute(f"SET statement_timeout = '{TIMEOUT}s'")
+
+
+def _fetch(cursor: Any, statement: str, parameters: Any = (), **options: Any) -> Any:
+    """Execute a SELECT. Return its rows."""
+    cursor.execute(statement, parameters, **options)
+    return cursor.fetchall()
+
+
+def _change(cursor: Any, statement: str, parameters: Any = ()) -> int:
+    """Execute a statement. Return the number of rows that it has found."""
     cursor.execute(statement, parameters)
-    return list(cursor.fetchall())
-
-
-@contextlib.contextmanager
-def _transaction(cursor: Any) -> Iterator[None]:
-    """Commit at the end of the block, roll back if it raises."""
-    cursor.execute("BEGIN")
-    try:
-        yield
-    except BaseException:
-        cursor.execute("ROLLBACK")
-        raise
-    cursor.execute("COMMIT")
+    return int(cursor.rowcount)
 
 
 def _code(error: BaseException | None) -> object:
-    """Return the error number of MySQL and MariaDB, which have a SQLSTATE, too, or the
-    SQLSTATE of PostgreSQL.
+    """Return the error number of MySQL or MariaDB, or the SQLSTATE of PostgreSQL.
+
+    PyMySQL's errors have a SQLSTATE, too, but it says less than the number.
     """
     number = error.args[0] if error and error.args else None
     return number if isinstance(number, int) else getattr(error, "sqlstate", None)
 
 
 def _message(error: BaseException) -> str:
-    """Return the driver's message in one line, without the statement, and without
-    values, which may be an email.
-    """
-    if isinstance(error, DBAPIError) and error.orig:
-        error = error.orig
-    if isinstance(error, configparser.Error):  # its message quotes a line of the file
-        return "the file in read_default_file is malformed: it needs a section [client]"
+    """Return the driver's message in one line, without values, which may be an email."""
+    error = getattr(error, "orig", None) or error
+    # The messages of these quote a value, or a line of a file, which may be a password.
+    if isinstance(error, (UnicodeError, configparser.Error)):
+        return (
+            "an option in the URL cannot be sent, or the file in read_default_file is malformed: "
+            "it needs a section [client]"
+        )
     text = getattr(getattr(error, "diag", None), "message_primary", None) or str(error)
     return re.sub("entry '.*' for", "entry for", " ".join(text.split()))
 
@@ -378,8 +491,8 @@ def _message(error: BaseException) -> str:
 
 
 def _fold(email: str) -> str:
-    """Return an email with its ASCII letters in lower case, as SQLite's NOCASE compares them."""
-    return re.sub("[A-Z]+", lambda match: match[0].lower(), email)
+    """Return an email with its ASCII letters in lower case, as SQLite's NOCASE compares it."""
+    return email.encode().lower().decode()
 
 
 class SQLAlchemyUsers:
@@ -392,41 +505,41 @@ class SQLAlchemyUsers:
     reads_may_wait = True
 
     def __init__(self, url: str) -> None:
-        """Store the URL; connect to nothing yet. Raise ValueError."""
+        """Store the URL. Nothing is connected yet. Raise ValueError."""
         parsed = _parse_url(url)
-        self.location = _location(parsed)
+        self.location = _describe(parsed)
         self._engine = _create_engine(parsed)
         self._dialect = _DIALECTS[self._engine.dialect.name]
         self._driver = self._engine.dialect.loaded_dbapi
-        self._table = self._dialect.table
         self._columns = f"id, first_name, last_name, email, {self._dialect.created_on}"
-        self._get = f"SELECT {self._columns} FROM {self._table} WHERE id = %s"
-        self._has_table = False
-        self._valid_from = 0.0  # connections opened before this time are not used again
-        self.failures = profiler.Failures()
+        self._get = f"SELECT {self._columns} FROM {self._dialect.table} WHERE id = %s"
+        # The tables that are known to exist.
+        self._tables: set[str] = set()
+        # Connections that were opened before this time are replaced.
+        self._replace_before = 0.0
+        self.failures: profiler.Failures = SharedFailures(self)
+        self.after_fork_in_child()
         profiler.call_at_fork(self)
 
     def find(self, email: str) -> tuple[int, str] | None:
-        """Return the id and the password hash of the user with this email, or None."""
-        statement = f"SELECT id, password FROM {self._table} WHERE email_key = %s"
+        """See profiler.Storage."""
+        statement = f"SELECT id, password FROM {self._dialect.table} WHERE email_key = %s"
         rows = self._read(statement, (_fold(email),))
-        return (rows[0][0], rows[0][1]) if rows else None
+        return rows[0] if rows else None
 
-    def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
-        """Store a new user and return the id. Raise EmailTaken."""
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-        values = (first_name, last_name, email, _fold(email), password_hash, now)
-        statement = f"""
-INSERT INTO {self._table} (first_name, last_name, email, email_key, password, created_on)
-VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
-"""
+    def get(self, user_id: int) -> bytes:
+        """See profiler.Storage."""
+        rows = self._read(self._get, (user_id,))
+        if not rows:
+            raise NoSuchUser
+        return _to_json(rows)
 
-        def insert(cursor: Any) -> int:
-            cursor.execute(statement, values)
-            return int(cursor.fetchone()[0] if self._dialect.returning else cursor.lastrowid)
-
-        with self._email_taken(email):
-            return self._run(insert)
+    def get_password_hash(self, user_id: int) -> str:
+        """See profiler.Storage."""
+        rows = self._read(f"SELECT password FROM {self._dialect.table} WHERE id = %s", (user_id,))
+        if not rows:
+            raise NoSuchUser
+        return str(rows[0][0])
 
     def page(
         self,
@@ -436,233 +549,268 @@ VALUES (%s, %s, %s, %s, %s, %s) {self._dialect.returning}
         email: str | None = None,
         text: str = "",
     ) -> tuple[bytes, int | None]:
-        """Return one page of users as comma-separated JSON objects, and the last id if
-        more follow.
-        """
-        conditions, parameters = ["TRUE"], dict[str, object](limit=limit + 1)
+        """See profiler.Storage."""
+        conditions = ["TRUE"]
+        # One more row tells whether there are more.
+        read_limit = limit + 1
         if after is not None:
             conditions.append("id < %(after)s" if descending else "id > %(after)s")
-            parameters["after"] = after
         if email is not None:
             conditions.append("email_key = %(email_key)s")
-            parameters["email_key"] = _fold(email)
         if text:
-            columns = [
-                self._dialect.contains.format(name)
-                for name in ("first_name", "last_name", "email")
-            ]
-            conditions.append(f"({' OR '.join(columns)})")
-            parameters["pattern"] = "%" + re.sub("([!%_])", r"!\1", text) + "%"
+            conditions.append(self._dialect.contains)
+            # If few rows are wanted, PostgreSQL reads all users in the order of their ids,
+            # and ignores an index for searches.
+            read_limit = max(read_limit, profiler.BATCH)
+        parameters = {
+            "after": after,
+            "email_key": _fold(email or ""),
+            "pattern": "%" + re.sub("([!%_])", r"!\1", text) + "%",
+            "limit": read_limit,
+        }
         statement = f"""
-SELECT {self._columns} FROM {self._table} WHERE {" AND ".join(conditions)}
+SELECT {self._columns} FROM {self._dialect.table} WHERE {" AND ".join(conditions)}
 ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
 """
-        rows = self._read(statement, parameters)
+        rows = self._search(statement, parameters) if text else self._read(statement, parameters)
         return _to_json(rows[:limit]), rows[limit - 1][0] if len(rows) > limit else None
 
-    def get(self, user_id: int) -> bytes:
-        """Return one user as a JSON object. Raise NoSuchUser."""
-        rows = self._read(self._get, (user_id,))
-        if not rows:
-            raise NoSuchUser
-        return _to_json(rows)
+    def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
+        """See profiler.Storage."""
+        values = (first_name, last_name, email, _fold(email), password_hash)
+        statement = f"""
+INSERT INTO {self._dialect.table} (first_name, last_name, email, email_key, password, created_on)
+VALUES (%s, %s, %s, %s, %s, {self._dialect.now}) {self._dialect.returning}
+"""
 
-    def get_password_hash(self, user_id: int) -> str:
-        """Return a user's password hash. Raise NoSuchUser."""
-        rows = self._read(f"SELECT password FROM {self._table} WHERE id = %s", (user_id,))
-        if not rows:
-            raise NoSuchUser
-        return str(rows[0][0])
+        def operation(cursor: Any) -> int:
+            cursor.execute(statement, values)
+            return int(cursor.fetchone()[0] if self._dialect.returning else cursor.lastrowid)
+
+        with self._email_taken(email):
+            return self._run(operation)
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
-        """Change a user's names and email, those that are in `fields`. Raise
-        NoSuchUser, EmailTaken, and as guard.
-        """
+        """See profiler.Storage."""
         columns = dict(fields)
         if "email" in fields:
             columns["email_key"] = _fold(fields["email"])
         assignments = ", ".join(f"{name} = %s" for name in columns) or "id = id"
-        statement = f"UPDATE {self._table} SET {assignments} WHERE id = %s"
+        statement = f"UPDATE {self._dialect.table} SET {assignments} WHERE id = %s"
         with self._email_taken(fields.get("email"), user_id):
             if not self._write(statement, (*columns.values(), user_id), user_id, guard):
                 raise NoSuchUser
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
-        """Delete a user, if there is one with this id, which is never reused. Raise as guard."""
-        self._write(f"DELETE FROM {self._table} WHERE id = %s", (user_id,), user_id, guard)
+        """See profiler.Storage."""
+        self._write(f"DELETE FROM {self._dialect.table} WHERE id = %s", (user_id,), user_id, guard)
 
     def replace_password_hash(
-        self, user_id: int, old: str | None, new: str, guard: Guard | None = None
+        self, user_id: int, expected: str | None, new: str, guard: Guard | None = None
     ) -> bool:
-        """Replace the hash if it still equals `old` (None: always). Return whether it
-        did. Raise as guard.
-        """
-        statement = f"UPDATE {self._table} SET password = %s WHERE id = %s"
-        if old is None:
-            return self._write(statement, (new, user_id), user_id, guard) > 0
-        return (
-            self._write(f"{statement} AND password = %s", (new, user_id, old), user_id, guard) > 0
-        )
+        """See profiler.Storage."""
+        statement = f"""
+UPDATE {self._dialect.table} SET password = %s
+WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
+"""
+        return self._write(statement, (new, user_id, expected), user_id, guard) > 0
 
     def count(self) -> int:
-        """Return the number of users."""
-        return int(self._read(f"SELECT count(*) FROM {self._table}")[0][0])
+        """See profiler.Storage."""
+        return int(self._read(f"SELECT count(*) FROM {self._dialect.table}")[0][0])
 
     def ping(self) -> None:
-        """Raise an exception unless users can be read."""
-        self._read(f"SELECT {self._columns}, password FROM {self._table} LIMIT 1")
+        """See profiler.Storage."""
+        self._read(
+            f"SELECT {self._columns}, email_key, password FROM {self._dialect.table} LIMIT 1"
+        )
+        [(problem,)] = self._read(self._dialect.find_problem, None)
+        if problem:
+            raise Unavailable(f"the table of users cannot be served: {problem}")
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table; if it exists and `force` is true, drop it with its users
-        first. Return whether it did.
-
-        Raise FileExistsError if it holds users and `force` is false.
-        """
+        """See profiler.Storage."""
         created = self._create_table()
         if not force and (count := self.count()):
             raise FileExistsError(f"the table holds users ({count}): --force deletes them")
         if force and not created:
-            self._attempt(lambda cursor: cursor.execute(f"DROP TABLE {self._table}"))
+            # Ids begin at 1 again, so wrong passwords are forgotten, too.
+            drop = f"DROP TABLE IF EXISTS {self._dialect.table}, profiler_failure"
+            self._repeat(lambda cursor: cursor.execute(drop))
+            self._tables.clear()
             self._create_table()
         return created or force
 
     def backup(self, path: str) -> None:
         """Raise OSError: the server has its own program for that."""
         raise OSError(
-            "a database server has its own program for that: use pg_dump, mariadb-dump or mysqldump"
+            "a database server has its own program for that: use pg_dump, mariadb-dump or "
+            "mysqldump"
         )
 
     def close(self) -> None:
-        """Close this process's connections, those in use once they are returned. The
-        next use opens new ones.
+        """Close this process's connections, those in use once they are returned.
+
+        The next use opens new ones.
         """
-        self._valid_from = time.monotonic()
+        self._replace_before = time.monotonic()
         self._engine.dispose()
 
     def after_fork_in_child(self) -> None:
-        """Start without connections. A forked child drops those of its parent, but does
-        not close them.
-        """
+        """Begin without connections. Those of the parent are not closed."""
         self._engine.dispose(close=False)
+        self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
+        self._places = threading.BoundedSemaphore(POOL_SIZE)
 
-    def _exists(self) -> bool:
-        """Return whether the table exists."""
-        return bool(
-            self._attempt(lambda cursor: _fetch(cursor, self._dialect.exists), is_read=True)
-        )
+    def _exists(self, table: str = "user") -> bool:
+        """Return True if a table exists."""
+        find_table = self._dialect.find_table
+        return bool(self._repeat(lambda cursor: _fetch(cursor, find_table, (table,)), True))
 
-    def _create_table(self) -> bool:
-        """Create the table if it does not exist. Return whether it did."""
-        if self._exists():
-            return False
-        statement = str(CreateTable(_USERS).compile(dialect=self._engine.dialect))
-        try:
-            self._attempt(lambda cursor: cursor.execute(statement))
-        except Unavailable:
-            # Another process may have created it at the same moment, which databases
-            # report in many ways.
-            for _ in range(ATTEMPTS):
-                time.sleep(PAUSE)
-                if self._exists():
-                    return False
-            raise
-        return True
+    def _create_table(self, table: str = "user") -> bool:
+        """Create a table if it does not exist. Return True if it was created."""
+        statement = getattr(self._dialect, f"create_{table}")
+        attempt = 1
+        while not self._exists(table):
+            try:
+                self._repeat(lambda cursor: cursor.execute(statement))
+                return True
+            except Unavailable:
+                # Another process may have created it at the same moment, which databases
+                # report in many ways.
+                if attempt == ATTEMPTS:
+                    raise
+            attempt += 1
+            time.sleep(PAUSE)
+        return False
 
     @contextlib.contextmanager
     def _email_taken(self, email: str | None, user_id: int = 0) -> Iterator[None]:
-        """Raise EmailTaken for a duplicate key in the block, but only if another user
-        has the email.
+        """Raise EmailTaken for a duplicate key in the block, if another user has the email.
+
+        The duplicate may also be an id, or the key of an index that the operator has added.
         """
         try:
             yield
         except Unavailable as error:
-            owner = self.find(email) if email and _code(error.__cause__) in DUPLICATE_KEY else None
-            if owner and owner[0] != user_id:
-                raise EmailTaken from None
+            if email and _code(error.__cause__) in DUPLICATE_KEY:
+                owner = self.find(email)
+                if owner and owner[0] != user_id:
+                    raise EmailTaken from None
             raise
 
-    def _read(self, statement: str, parameters: Any = ()) -> list[Any]:
+    def _read(self, statement: str, parameters: Any = (), **options: Any) -> Any:
         """Return the rows of a SELECT."""
-        return self._run(lambda cursor: _fetch(cursor, statement, parameters), is_read=True)
+        return self._run(lambda cursor: _fetch(cursor, statement, parameters, **options), True)
+
+    def _search(self, statement: str, parameters: Any) -> Any:
+        """Return the rows of a SELECT that may take long. Raise Busy."""
+        if not self._searches.acquire(timeout=POOL_TIMEOUT):
+            raise Busy(f"{MAX_SEARCHES} other searches are running")
+        try:
+            return self._read(statement, parameters, **self._dialect.search_options)
+        finally:
+            self._searches.release()
 
     def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
-        """Return how many rows a statement has changed, once the guard has seen the
-        user. Raise as guard.
+        """Return how many rows a statement has found. Raise what the guard raises.
+
+        The guard sees the user first. Nobody can change the user before the statement does.
         """
 
-        def write(cursor: Any) -> int:
+        def operation(cursor: Any) -> int:
             if guard is None:
-                cursor.execute(statement, parameters)
-                return int(cursor.rowcount)
-            with _transaction(cursor):
+                return _change(cursor, statement, parameters)
+            cursor.execute("BEGIN")
+            try:
                 rows = _fetch(cursor, f"{self._get} FOR UPDATE", (user_id,))
                 guard(_to_json(rows) if rows else None)
-                cursor.execute(statement, parameters)
-                return int(cursor.rowcount)
+                count = _change(cursor, statement, parameters)
+            except BaseException:
+                cursor.execute("ROLLBACK")
+                raise
+            cursor.execute("COMMIT")
+            return count
 
-        return self._run(write)
+        return self._run(operation)
 
-    def _run(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
-        """Return what `work` returns for a cursor, once there is a table. Raise Busy,
-        Unavailable.
-        """
-        if not self._has_table:
-            self._create_table()
-            self._has_table = True
-        return self._attempt(work, is_read)
+    def _run(
+        self, operation: Callable[[Any], Result], is_read: bool = False, table: str = "user"
+    ) -> Result:
+        """Return what an operation returns, once there is a table. Raise Busy, Unavailable."""
+        if table not in self._tables:
+            self._create_table(table)
+            self._tables.add(table)
+        if not self._places.acquire(timeout=POOL_TIMEOUT):
+            raise Busy(f"all {POOL_SIZE} connections to the database are in use")
+        try:
+            return self._repeat(operation, is_read)
+        finally:
+            self._places.release()
 
-    def _attempt(self, work: Callable[[Any], Result], is_read: bool = False) -> Result:
-        """Return what `work` returns for a cursor, attempted again if that is safe."""
+    def _repeat(self, operation: Callable[[Any], Result], is_read: bool = False) -> Result:
+        """Return what an operation returns. Attempt it again if that is safe."""
         start, attempt = time.monotonic(), 1
         while True:
-            connection = self._take(start, is_read)
+            connection = self._check_out(start, is_read)
             try:
-                result = work(connection.cursor())
+                result = operation(connection.cursor())
                 if not is_read and self._dialect.returning:
-                    # pgpool in raw mode has begun a transaction. If there is none, this
-                    # sends nothing.
+                    # pgpool in raw mode has begun a transaction. Otherwise there is none,
+                    # and psycopg sends nothing.
                     connection.commit()
                 return result
             except self._driver.Error as error:
-                may_repeat = self._drop_if_useless(connection, error, is_read)
+                may_repeat = self._handle(connection, error, is_read)
                 if not may_repeat or attempt == ATTEMPTS or time.monotonic() > start + RETRY_TIME:
-                    raise (Busy if _code(error) in ROLLED_BACK else Unavailable)(
-                        _message(error)
-                    ) from error
-            except BaseException as error:
-                if not isinstance(error, Exception):  # the response may be unread
-                    connection.invalidate()
+                    kind = Busy if _code(error) in ROLLED_BACK else Unavailable
+                    raise kind(_message(error)) from error
+            except Exception:
+                raise
+            except BaseException:
+                # The response to the statement may be unread.
+                connection.invalidate()
                 raise
             finally:
-                self._return(connection)
+                self._check_in(connection)
             attempt += 1
-            time.sleep(random.uniform(0, PAUSE))  # noqa: S311  # or two transactions might meet again
+            # At random, or two transactions might meet again.
+            time.sleep(random.uniform(0, PAUSE))  # noqa: S311
 
-    def _drop_if_useless(
-        self, connection: PoolProxiedConnection, error: Any, is_read: bool
-    ) -> bool:
-        """Close a connection that should be replaced. Return whether it is safe to
-        repeat what failed on it.
+    def _handle(self, connection: Any, error: Any, is_read: bool) -> bool:
+        """Replace connections that are useless after an error.
+
+        Return True if it is safe to repeat what failed.
         """
         code = _code(error)
         is_lost = self._engine.dialect.is_disconnect(error, connection.dbapi_connection, None)
-        if is_lost or code in READ_ONLY:
-            self._valid_from = time.monotonic()
-        elif code in STALE_STATEMENT:
-            connection.invalidate()
-        return code in (*ROLLED_BACK, *STALE_STATEMENT) or (is_lost and is_read)
+        # Connections of the same age have the same fault.
+        if is_lost or code in READ_ONLY + STALE_STATEMENT:
+            self._replace_before = time.monotonic()
+        return code in ROLLED_BACK + STALE_STATEMENT or (is_lost and is_read)
 
-    def _take(self, start: float, is_read: bool) -> PoolProxiedConnection:
-        """Return a connection of the pool. Raise Busy, Unavailable."""
+    def _check_out(self, start: float, is_read: bool) -> Any:
+        """Return a connection of the pool. Raise Unavailable."""
         while True:
             try:
                 connection = self._engine.raw_connection()
-            except sqlalchemy.exc.TimeoutError:
-                raise Busy(f"all {POOL_SIZE} connections to the database are in use") from None
-            except (
-                Exception
-            ) as error:  # drivers raise a TypeError for an unknown option, and others
-                raise Unavailable(_message(error)) from None
+            # Drivers raise a TypeError for an unknown option, among others.
+            except Exception as error:
+                message = _message(error)
+                pool: Any = self._engine.pool
+                # If the server allows no more connections, but the pool has some (its
+                # overflow counts from -POOL_SIZE), wait for one of these. Then let fewer
+                # threads use one, for a while.
+                may_wait = pool.overflow() > -POOL_SIZE and re.search(
+                    TOO_MANY_CONNECTIONS, message
+                )
+                timeout = start + POOL_TIMEOUT - time.monotonic()
+                if not (may_wait and self._places.acquire(timeout=timeout)):
+                    raise Unavailable(message) from None
+                timer = threading.Timer(RETRY_TIME, self._places.release)
+                timer.daemon = True
+                timer.start()
+                continue
             connection.info["deadline"] = start + TIMEOUT + GRACE
             if self._is_usable(connection, is_read):
                 return connection
@@ -670,183 +818,100 @@ ORDER BY id {"DESC" if descending else "ASC"} LIMIT %(limit)s
             if time.monotonic() > start + RETRY_TIME:
                 raise Unavailable("the server does not answer")
 
-    def _is_usable(self, connection: PoolProxiedConnection, is_read: bool) -> bool:
-        """Return whether a connection of the pool may be used, if necessary after a ping."""
-        if connection.info["opened"] < self._valid_from:
+    def _is_usable(self, connection: Any, is_read: bool) -> bool:
+        """Return True if a connection of the pool may be used. If necessary, test it."""
+        if connection.info["opened"] < self._replace_before:
             return False
         if is_read or time.monotonic() < connection.info["used"] + PING_AFTER:
             return True
-        try:
-            return self._engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
-        except self._driver.Error:
-            return False
+        with contextlib.suppress(self._driver.Error):
+            self._engine.dialect.do_ping(connection.dbapi_connection)
+            return True
+        return False
 
-    def _return(self, connection: PoolProxiedConnection) -> None:
-        """Return a connection to the pool, or close it if it was opened before an
-        outage or before close().
-        """
+    def _check_in(self, connection: Any) -> None:
+        """Return a connection to the pool, or close it if it is to be replaced."""
         if connection.is_valid:
-            connection.info.update(deadline=float("inf"), used=time.monotonic())
-            if connection.info["opened"] < self._valid_from:
+            connection.info["used"] = time.monotonic()
+            if connection.info["opened"] < self._replace_before:
                 connection.invalidate()
         connection.close()
 
 
-# -- copying ---------------------------------------------------------------------------
-# All users or none, between any two databases. Rows are read as they are served,
-# inserted, and read from the target: a value that would be served differently
-# afterwards, such as a time with a zone, is an error.
-
-_FIELDS = (
-    "id",
-    "first_name",
-    "last_name",
-    "email",
-    "password",
-    "created_on",
-)  # in the order of rows
+# -- wrong passwords -------------------------------------------------------------------
 
 
-class _Side:
-    """The source or the target of a copy, with a connection that holds a transaction."""
+class SharedFailures(profiler.Failures):
+    """Counts wrong passwords in a table, for all processes and machines.
 
-    def __init__(self, users: profiler.Storage, connection: Connection) -> None:
-        self.location, self.connection = users.location, connection
-        self.dialect = dialect = _DIALECTS[connection.dialect.name]
-        self.is_sqlite = dialect is _DIALECTS["sqlite"]
-        names = ("first_name", "last_name", "email", "coalesce(password, '')")
-        columns = ", ".join(dialect.text.format(name) for name in names)
-        self.select = f"SELECT id, {columns}, {dialect.created_on} FROM {dialect.table}"
+    If the table cannot be used, each process counts in memory for a while. Its count begins
+    at 0 then. No wrong password is ever left uncounted.
+    """
 
-    def execute(self, statement: str, parameters: Any = None, **options: Any) -> Any:
-        """Execute a statement with parameters such as :id."""
-        return self.connection.execute(
-            sqlalchemy.text(statement), parameters, execution_options=options
-        )
+    # A right password writes nothing.
+    counts_first_attempt = False
 
-    def last_id(self) -> int:
-        """Return the highest id that was ever used, perhaps by a user who was deleted since."""
-        last_id = self.execute(f"SELECT max(id) FROM {self.dialect.table}").scalar() or 0
-        if (
-            self.is_sqlite
-            and not self.execute(
-                "SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'"
-            ).first()
-        ):
-            return int(last_id)
-        row: Sequence[Any] = self.execute(self.dialect.last_id).first() or (0,)
-        if len(row) > 1:  # MySQL's row ends with the statement that would create the table
-            match = re.search("AUTO_INCREMENT=([0-9]+)", row[1])
-            return int(match[1]) - 1 if match else 0
-        return max(last_id, row[0] or 0)
+    def __init__(self, users: SQLAlchemyUsers) -> None:
+        super().__init__()
+        self._users = users
+        # Before this time, the table is not used.
+        self._retry_at = 0.0
+        now = users._dialect.unix_time
+        oldest = f"{now} - {FORGET_FAILURES}"
+        # After a failover, the clock may be behind.
+        self._select = f"""
+SELECT count, greatest(0, {now} - last) FROM profiler_failure
+WHERE account = %s AND last > {oldest}
+"""
+        self._insert = f"""
+INSERT INTO profiler_failure (account, count, last) VALUES (%s, %s, {now})
+{users._dialect.on_duplicate}
+count = CASE WHEN profiler_failure.last > {oldest} THEN profiler_failure.count + 1 ELSE 1 END,
+last = {now}
+"""
+        self._update = f"""
+UPDATE profiler_failure SET count = count + 1, last = {now} WHERE account = %s AND count = %s
+"""
+        self._forget = f"DELETE FROM profiler_failure WHERE account <> %s AND last < {oldest}"
 
-    def set_last_id(self, last_id: int) -> None:
-        """Make ids continue after this one."""
-        if self.is_sqlite:
-            self.execute("DELETE FROM sqlite_sequence WHERE name = 'user'")
-        if last_id:
-            self.execute(self.dialect.set_last_id.format(last_id, last_id + 1))
+    def get(self, account: Account) -> tuple[int, float]:
+        """See profiler.Failures."""
+        rows = self._try(_fetch, self._select, account)
+        if rows is None:
+            return super().get(account)
+        return rows[0] if rows else (0, 0.0)
 
-    def insert(self, rows: list[tuple[Any, ...]]) -> None:
-        """Insert rows. Raise ValueError, which names the first user who cannot be
-        stored; SQLAlchemyError.
-        """
-        names = _FIELDS if self.is_sqlite else (*_FIELDS, "email_key")
-        values = ", ".join(f":{name}" for name in names)
-        statement = f"INSERT INTO {self.dialect.table} ({', '.join(names)}) VALUES ({values})"
-        users = [{**dict(zip(_FIELDS, row)), "email_key": _fold(row[3] or "")} for row in rows]
+    def add(self, account: Account, expected: int | None = None) -> bool:
+        """See profiler.Failures."""
+        if random.randrange(FORGET_EVERY) == 0:  # noqa: S311
+            self._try(_change, self._forget, account)
+        statement = self._update if expected else self._insert
+        found = self._try(_change, statement, account, expected or 1)
+        return super().add(account, expected) if found is None else found > 0
+
+    def clear(self, account: Account) -> None:
+        """See profiler.Failures."""
+        super().clear(account)
+        self._try(_change, "DELETE FROM profiler_failure WHERE account = %s", account)
+
+    def _try(self, execute: Any, statement: str, account: Account, *parameters: object) -> Any:
+        """Return what a function returns for a statement, or None if there is no table to use."""
+        if time.monotonic() < self._retry_at:
+            return None
+        key = hashlib.sha256(repr(account).encode()).hexdigest()
         try:
-            with self.connection.begin_nested():
-                self.execute(statement, users)
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise
-            for user in users:
-                try:
-                    self.execute(statement, user)
-                except DBAPIError as error:
-                    raise ValueError(f"user {user['id']}: {_message(error)}") from None
-
-    def check(self, rows: list[tuple[Any, ...]]) -> None:
-        """Raise ValueError, which names the first user who is not served as in these rows."""
-        condition = "WHERE id BETWEEN :first AND :last ORDER BY id"
-        stored = self.execute(
-            f"{self.select} {condition}", {"first": rows[0][0], "last": rows[-1][0]}
-        ).all()
-        stored_rows = {row[0]: tuple(row) for row in stored}
-        for row in rows:
-            changed = [
-                name
-                for name, old, new in zip(_FIELDS, row, stored_rows.get(row[0], ("",) * 6))
-                if old != new
-            ]
-            if changed:
-                raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
-
-
-def copy(source: profiler.Storage, target: profiler.Storage) -> str:
-    """Copy all users, with ids, password hashes and times, or none. Return a sentence
-    about it.
-
-    Raise ValueError if the target holds users or cannot store one; Unavailable,
-    SQLAlchemyError, sqlite3.Error.
-    """
-    if source.location == target.location:
-        raise ValueError(f"{target.location} is both source and target")
-    if not (
-        source._exists()
-        if isinstance(source, SQLAlchemyUsers)
-        else os.path.exists(source.location)
-    ):
-        raise FileNotFoundError(f"{source.location} does not exist, or has no table of users")
-    if count := target.count():
-        raise ValueError(
-            f"{target.location} holds users already ({count}): choose a target without any"
-        )
-    with _connect(source) as old, _connect(target) as new:
-        # First, because MySQL's ALTER TABLE commits what precedes it.
-        new.set_last_id(max(old.last_id(), new.last_id()))
-        copied = _copy_rows(old, new, source.count())
-        if copied != source.count():
-            raise ValueError(
-                f"{source.location} has changed meanwhile: stop the service, and copy again"
+            return self._users._run(
+                lambda cursor: execute(cursor, statement, (key, *parameters)),
+                table="profiler_failure",
             )
-    return f"Copied all users ({copied}) from {source.location} to {target.location}."
-
-
-@contextlib.contextmanager
-def _connect(users: profiler.Storage) -> Iterator[_Side]:
-    """Open a transaction for a copy. Commit at the end of the block, roll back if it raises."""
-    if isinstance(users, SQLAlchemyUsers):
-        with users._engine.execution_options(
-            isolation_level="REPEATABLE READ"
-        ).begin() as connection:
-            yield _Side(users, connection)
-        return
-    engine = sqlalchemy.create_engine(URL.create("sqlite", database=users.location))
-    with engine.connect() as connection, connection.begin():
-        connection.connection.text_factory = lambda text: text.decode("utf-8", "replace")  # type: ignore[attr-defined]
-        connection.exec_driver_sql("BEGIN")
-        yield _Side(users, connection)
-    engine.dispose()
-
-
-def _copy_rows(old: _Side, new: _Side, total: int) -> int:
-    """Copy all rows, with a progress bar on a terminal. Return how many. Raise as
-    _Side.insert and _Side.check.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]  # only needed here
-
-    copied, statement = 0, f"{old.select} ORDER BY id"
-    progress = tqdm(total=total, unit=" users", disable=None)
-    with progress, contextlib.closing(old.execute(statement, yield_per=COPY_BATCH)) as result:
-        for batch in result.partitions(COPY_BATCH):
-            rows = [tuple(row) for row in batch]
-            new.insert(rows)
-            new.check(rows)
-            progress.update(len(rows))
-            copied += len(rows)
-    return copied
+        except Unavailable as error:
+            self._users._tables.discard("profiler_failure")
+            if not self._retry_at:
+                logging.getLogger("profiler").warning(
+                    "profiler: each process counts wrong passwords by itself: %s", error
+                )
+            self._retry_at = time.monotonic() + RETRY_FAILURES
+            return None
 
 
 # -- application and command line ------------------------------------------------------
@@ -859,34 +924,39 @@ def create_app(
     token: str | None = None,
     anonymous: bool | None = None,
 ) -> profiler.Application:
-    """Return a WSGI application as profiler.create_app does; the database may be a URL,
-    too. Raise ValueError.
+    """Return a WSGI application, as profiler.create_app does.
+
+    :param database: a URL or a path; default: PROFILER_DATABASE, or else ./db.sqlite3
+    :raises ValueError: for an invalid setting
     """
-    accounts = profiler.Accounts(open_database(database), iterations)
-    return profiler.Application(accounts, token, anonymous)
+    users = open_database(database)
+    return profiler.Application(profiler.Accounts(users, iterations), token, anonymous)
 
 
 application = app = profiler.create_on_first_use(create_app)
 
 
 def open_database(database: Path | None = None) -> profiler.Storage:
-    """Return the users in the database of a URL or a path, by default PROFILER_DATABASE.
+    """Return the users in a database. Nothing is opened yet. Raise ValueError.
 
-    Raise ValueError.
+    :param database: a URL or a path; default: PROFILER_DATABASE, or else ./db.sqlite3
     """
-    if database is None:
-        database = os.environ.get("PROFILER_DATABASE") or None
     location = os.fsdecode(database or "")
-    return SQLAlchemyUsers(location) if "://" in location else profiler.Users(database)
+    if database is None:
+        location = os.environ.get("PROFILER_DATABASE", "")
+    # A URL without its slashes is no path: messages show paths, and would show its password.
+    if re.match(r"\s*(postgres|mysql|mariadb)[\w+]*:|.*://", location):
+        return SQLAlchemyUsers(location)
+    return profiler.Users(database)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command (default: sys.argv). Exit with 2 for an invalid setting, with 1 for
-    a failure.
+    """Run a command, by default that of sys.argv.
+
+    Exit with 2 for an invalid setting, with 1 for a failure.
     """
-    logging.getLogger("psycopg").addHandler(
-        logging.NullHandler()
-    )  # it would report a lost connection, too
+    # It reports a lost connection, too.
+    logging.getLogger("psycopg").disabled = True
     database = "a path, or a URL of PostgreSQL, MySQL or MariaDB"
     parser, commands = profiler.make_parser("profiler-sqlalchemy", database)
     command = commands.add_parser(
@@ -896,27 +966,146 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument(
         "target", metavar="TARGET", nargs="?", help="one without users (default: --database)"
     )
-    command.set_defaults(run=_copy)
+    command.set_defaults(run=_run_copy)
     profiler.run_command(parser, argv, open_database)
 
 
-def _copy(arguments: argparse.Namespace, users: profiler.Storage) -> None:
+def _run_copy(arguments: Any, users: profiler.Storage) -> None:
     try:
-        with contextlib.closing(open_database(arguments.source)) as source:
-            target = open_database(arguments.target) if arguments.target else users
-            with contextlib.closing(target):
-                print(copy(source, target))
-    except (
-        ValueError,
-        OSError,
-        Unavailable,
-        SQLAlchemyError,
-        sqlite3.Error,
-        ImportError,
-    ) as error:
+        target = open_database(arguments.target) if arguments.target else users
+        source = open_database(arguments.source)
+        with contextlib.closing(source), contextlib.closing(target):
+            print(copy(source, target))
+    except (ValueError, OSError, Unavailable, SQLAlchemyError, sqlite3.Error) as error:
         sys.exit(f"profiler: {_message(error).rstrip('.')}. Nothing was copied.")
     except KeyboardInterrupt:
         sys.exit("profiler: interrupted. Nothing was copied.")
+
+
+# -- copying ---------------------------------------------------------------------------
+# All users or none, between any two databases. Nothing else needs this section. Rows are
+# read as they are served, inserted, and read from the target: a value that would be served
+# differently afterwards, such as a time with a zone, is an error.
+
+# in the order of rows
+_FIELDS = ("id", "first_name", "last_name", "email", "password", "created_on")
+
+
+class _Database:
+    """The source or the target of a copy, in a transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.dialect = dialect = _DIALECTS[connection.dialect.name]
+        # The columns are those of _FIELDS.
+        self.select = f"""
+SELECT id, CAST(first_name AS {dialect.text}), CAST(last_name AS {dialect.text}),
+    CAST(email AS {dialect.text}), coalesce(CAST(password AS {dialect.text}), ''),
+    {dialect.created_on}
+FROM {dialect.table}
+"""
+
+    def execute(self, statement: str, parameters: Any = None, **options: Any) -> Any:
+        """Execute a statement with parameters such as :id."""
+        text = sqlalchemy.text(statement)
+        return self._connection.execute(text, parameters, execution_options=options)
+
+    def find_last_id(self) -> int:
+        """Return the highest id that was ever used, perhaps by a user who was deleted since."""
+        last_ids = [self.execute(f"SELECT max(id) FROM {self.dialect.table}").scalar() or 0]
+        # SQLite has no table of sequences if it has no table with AUTOINCREMENT.
+        with contextlib.suppress(DBAPIError):
+            for row in self.execute(self.dialect.last_id):
+                if match := re.search("(?:^|AUTO_INCREMENT=)([0-9]+)", str(row[-1])):
+                    last_ids.append(int(match[1]) - self.dialect.counts_next)
+        return max(last_ids)
+
+    def set_last_id(self, last_id: int) -> None:
+        """Make ids continue after this one."""
+        statements = self.dialect.set_last_id.format(last_id + self.dialect.counts_next)
+        for statement in statements.split(";") if last_id else ():
+            self.execute(statement)
+
+    def insert(self, rows: Rows) -> None:
+        """Insert rows.
+
+        Raise ValueError, which names the first user who cannot be stored; SQLAlchemyError.
+        """
+        users = [{**dict(zip(_FIELDS, row)), "email_key": _fold(row[3] or "")} for row in rows]
+        try:
+            with self._connection.begin_nested():
+                self.execute(self.dialect.insert, users)
+        except DBAPIError as error:
+            if len(rows) == 1:
+                raise ValueError(f"user {rows[0][0]}: {_message(error)}") from None
+            for row in rows:
+                self.insert([row])
+
+    def check(self, rows: Rows) -> None:
+        """Raise ValueError, which names the first user who is not served as in these rows."""
+        statement = f"{self.select} WHERE id BETWEEN :first AND :last ORDER BY id"
+        rows_by_id = {
+            row[0]: row
+            for row in self.execute(statement, {"first": rows[0][0], "last": rows[-1][0]})
+        }
+        for row in rows:
+            columns = zip(_FIELDS, row, rows_by_id.get(row[0], ("",) * 6))
+            changed = [name for name, old, new in columns if old != new]
+            if changed:
+                raise ValueError(f"user {row[0]}: the target would change {', '.join(changed)}")
+
+
+def copy(source: profiler.Storage, target: profiler.Storage) -> str:
+    """Copy all users, with ids, password hashes and times, or none. Return a sentence about it.
+
+    Raise ValueError if the target holds users or cannot store one; OSError, Unavailable,
+    SQLAlchemyError, sqlite3.Error.
+    """
+    if source.location == target.location:
+        raise ValueError(f"{target.location} is both source and target")
+    if isinstance(source, SQLAlchemyUsers):
+        exists = source._exists()
+    else:
+        exists = os.path.exists(source.location)
+    if not exists:
+        raise FileNotFoundError(f"{source.location} does not exist, or has no table of users")
+    if count := target.count():
+        raise ValueError(
+            f"{target.location} holds users already ({count}): choose a target without any"
+        )
+    with _connect(source) as old, _connect(target) as new:
+        # First, because MySQL's ALTER TABLE commits what precedes it.
+        new.set_last_id(max(old.find_last_id(), new.find_last_id()))
+        copied = 0
+        result = old.execute(f"{old.select} ORDER BY id", yield_per=COPY_BATCH)
+        with contextlib.closing(result):
+            for batch in result.partitions(COPY_BATCH):
+                rows = [tuple(row) for row in batch]
+                new.insert(rows)
+                new.check(rows)
+                copied += len(rows)
+        if copied != source.count():
+            raise ValueError(
+                f"{source.location} has changed meanwhile: stop the service, and copy again"
+            )
+    return f"Copied all users ({copied}) from {source.location} to {target.location}."
+
+
+@contextlib.contextmanager
+def _connect(users: profiler.Storage) -> Iterator[_Database]:
+    """Open a transaction. Commit at the end of the block, roll back if it raises."""
+    if isinstance(users, SQLAlchemyUsers):
+        engine: Engine = users._engine.execution_options(isolation_level="REPEATABLE READ")
+    else:
+        engine = sqlalchemy.create_engine(URL.create("sqlite", database=users.location))
+    with engine.connect() as connection, connection.begin():
+        connection.info["deadline"] = float("inf")
+        if engine.name == "sqlite":
+            sqlite: Any = connection.connection
+            sqlite.text_factory = lambda text: text.decode("utf-8", "replace")
+            connection.exec_driver_sql("BEGIN")
+        yield _Database(connection)
+    engine.dispose()
 
 
 if __name__ == "__main__":

@@ -146,14 +146,20 @@ def test_names_are_returned_as_they_were_sent(client, name):
 
 PROFILE = {name: value for name, value in HARRY.items() if name != "password"}
 # Hashes of "swordfish", by Werkzeug 3.1, Django 5.2 and passlib 1.7.
-WERKZEUG = "pbkdf2:sha256:1000$SeaNOPFgaVEg7ok2$3e38a0509e844c4e1fb5419223d5c0fd220c4c38f8b5ff006da3ea798fa01ef7"
+WERKZEUG = (
+    "pbkdf2:sha256:1000$SeaNOPFgaVEg7ok2$"
+    "3e38a0509e844c4e1fb5419223d5c0fd220c4c38f8b5ff006da3ea798fa01ef7"
+)
 FOREIGN = {
-    "werkzeug scrypt": "scrypt:1024:8:1$9PpiEWsJGmx0rQ6n$3bc21a29a9b723096dbbbbf1e9aa0655c0bb58817d755a3d2a958ec273632"
+    "werkzeug scrypt": "scrypt:1024:8:1$9PpiEWsJGmx0rQ6n$"
+    "3bc21a29a9b723096dbbbbf1e9aa0655c0bb58817d755a3d2a958ec273632"
     "95b3312baeee1e0c83e772b6313c355d3a5b88dd9022a03c86440903cb48b6079dd",
     "django pbkdf2": "pbkdf2_sha256$1000$seasalt$US68T8TK6+4heFooeAgijEgTwzgbp6gzzJFYgZrT8ZE=",
-    "django scrypt": "scrypt$1024$seasalt$8$2$5VwF/7jgqBGmleQ6zyQ8Msa9fatHdfO2VSCFCX6EuA3mNCAdWHfAn/duKwrbYko9fzFq2mQW9"
+    "django scrypt": "scrypt$1024$seasalt$8$2$"
+    "5VwF/7jgqBGmleQ6zyQ8Msa9fatHdfO2VSCFCX6EuA3mNCAdWHfAn/duKwrbYko9fzFq2mQW9"
     "/vz+mNaWzqg6w==",
-    "passlib pbkdf2": "$pbkdf2-sha256$1000$kvLeG.M8Z8z5f48RIkQoxQ$OFA206B.vQj68S1DaKwEG15bvc62lHl/Dsz9dDj/WkA",
+    "passlib pbkdf2": "$pbkdf2-sha256$1000$kvLeG.M8Z8z5f48RIkQoxQ$"
+    "OFA206B.vQj68S1DaKwEG15bvc62lHl/Dsz9dDj/WkA",
 }
 
 
@@ -571,6 +577,16 @@ def test_password_of_more_than_1024_characters_is_wrong(application):
     assert verify(application, COMBINING).json == WRONG
     assert verify(application, COMBINING, "nobody@example.com").json == WRONG
     assert change(application, COMBINING, "5678").json == WRONG
+
+
+def test_password_that_costs_no_hash_is_not_counted(application, monkeypatch):
+    """Otherwise thousands of them would push out the counts of other accounts."""
+    monkeypatch.setattr(profiler, "MAX_TRACKED", 1)  # in memory
+    post(application)
+    assert [verify(application, "x").status for _ in range(11)] == [403] * 10 + [429]
+    for number in range(3):
+        assert verify(application, COMBINING, f"{number}@example.com").status == 403
+    assert verify(application).status == 429
 
 
 # Emails of databases of earlier versions and of the tutorial.
@@ -1356,8 +1372,9 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
         {"old_password": "swordfish", "new_password": "tuna fish"},
     )
     requests = [
-        ("POST", "/users/", harry), ("POST", "/users/", harry), ("GET", "/users/", None), ("GET", "/users/1/", None),
-        ("PUT", "/users/1/", harry), ("POST", "/users/verify/", harry), ("PUT", "/users/1/password/", passwords),
+        ("POST", "/users/", harry), ("POST", "/users/", harry), ("GET", "/users/", None),
+        ("GET", "/users/1/", None), ("PUT", "/users/1/", harry), ("POST", "/users/verify/", harry),
+        ("PUT", "/users/1/password/", passwords),
         ("PUT", "/users/1/password/", passwords), ("PUT", "/users/1/password/reset/", passwords),
         ("POST", "/users/", {**RON, "password_hash": "pbkdf2:sha256:10$" + "swordfish"}),
     ]  # fmt: skip

@@ -28,9 +28,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from importlib.metadata import version
 from wsgiref.util import setup_testing_defaults
 
@@ -51,6 +51,21 @@ FROM n"""
 SCHEMA = (HERE.parent / "schema.sql").read_text()
 # The tutorial's table, in its rollback-journal file.
 TUTORIAL = SCHEMA.replace(" COLLATE NOCASE", "")
+RUNS = 6  # of each server
+UVICORN = ("--loop", "uvloop", "--http", "httptools", "--no-access-log")  # with one worker
+GRANIAN = ("--interface", "wsgi", "--no-ws", "--workers", "1", "--blocking-threads", "1")
+PACKAGES = (
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "flask",
+    "bottle",
+    "falcon",
+    "gunicorn",
+    "waitress",
+    "granian",
+)
 COLOURS = {"profiler": "#2a6f97", "other": "#a9b4c2"}
 
 
@@ -67,6 +82,14 @@ def fill(folder, name, count, schema=None):
         connection.executescript(schema or SCHEMA)
         connection.execute(FILL, (count,))
     return path
+
+
+def copy_module(path, folder):
+    """Copy a module into a new folder, with the schema next to it or the repository's."""
+    folder.mkdir()
+    beside = path.parent / "schema.sql"
+    shutil.copy(beside if beside.exists() else HERE.parent / "schema.sql", folder)
+    return shutil.copy(path, folder / "profiler.py")
 
 
 @contextlib.contextmanager
@@ -145,8 +168,16 @@ def call(app, template):
 
 
 def in_turns(candidates, templates, rounds):
-    """Return for each candidate the median seconds of a call, over rounds of all
-    templates, taken in turns."""
+    """Return for each candidate the median seconds of a call, as `time_in_turns` does."""
+    seconds = time_in_turns(candidates, templates, rounds)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_in_turns(candidates, templates, rounds):
+    """Return for each candidate the seconds of a call in each round.
+
+    The candidates take turns in each round. The templates are made anew for each.
+    """
     seconds = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, app in candidates.items():
@@ -156,7 +187,7 @@ def in_turns(candidates, templates, rounds):
                 call(app, template)
             if number:  # the first round warms up
                 seconds[name].append((time.perf_counter() - started) / len(chosen))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def gets(users, count):
@@ -176,6 +207,17 @@ def puts(users, count):
         ]
 
     return templates
+
+
+def pages(users, count):
+    """Return what makes requests for pages of 100 users."""
+
+    def page():
+        environ, body = request("GET", "/users/")
+        after = random.randint(0, users - 101)
+        return {**environ, "QUERY_STRING": f"limit=100&after={after}"}, body
+
+    return lambda _: [page() for _ in range(count)]
 
 
 def peers(folder, count):
@@ -209,17 +251,17 @@ def without_entity_tag(path):
 
 
 def measure_in_process(folder, quick):
-    """One user, the whole list, one update: seconds by candidate."""
+    """One user, the whole list, one update: seconds of each round by candidate."""
     count = 100_000
     apps = peers(folder, count)
     say("one user, in process")
-    one = in_turns(apps, gets(count, 200 if quick else 2000), 5 if quick else 21)
+    one = time_in_turns(apps, gets(count, 200 if quick else 2000), 5 if quick else 21)
     apps.pop("floor")
     apps.pop("profiler, without ETag").close()
     say("the whole list, in process")
-    whole = in_turns(apps, lambda _: [request("GET", "/users/")], 3 if quick else 9)
+    whole = time_in_turns(apps, lambda _: [request("GET", "/users/")], 3 if quick else 9)
     say("one update, in process")
-    update = in_turns(apps, puts(count, 20 if quick else 200), 3 if quick else 9)
+    update = time_in_turns(apps, puts(count, 20 if quick else 200), 3 if quick else 9)
     apps["profiler"].close()
     yield f"One user of {count:,}, in process", "µs", 1e6, one
     yield f"{count:,} users listed, in process, to the last byte", "ms", 1e3, whole
@@ -236,18 +278,7 @@ def measure_growth(folder, quick):
     rounds = 5 if quick else 15
     works = {
         "one user": lambda users: gets(users, 2000),
-        "one page of 100": lambda users: (
-            lambda _: [
-                (
-                    dict(
-                        request("GET", "/users/")[0],
-                        QUERY_STRING=f"limit=100&after={random.randint(0, users - 101)}",
-                    ),
-                    b"",
-                )
-                for _ in range(50)
-            ]
-        ),
+        "one page of 100": lambda users: pages(users, 50),
         "one update": lambda users: puts(users, 200),
     }
     rows = []
@@ -272,9 +303,9 @@ def measure_growth(folder, quick):
 # -- over HTTP -------------------------------------------------------------------------
 
 
-def requests_per_second(port, path, seconds):
+def requests_per_second(port, path, seconds, connections=16):
     output = subprocess.run(
-        ["wrk", "-t1", "-c16", f"-d{seconds}", f"http://127.0.0.1:{port}{path}"],
+        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", f"http://127.0.0.1:{port}{path}"],
         capture_output=True,
         text=True,
         check=True,
@@ -285,149 +316,141 @@ def requests_per_second(port, path, seconds):
 
 
 def measure_http(folder, quick):
-    """Requests a second for one user, 16 connections, by server."""
+    """Requests a second for one user, 16 connections, of each run by server."""
     own, peer = fill(folder, "http", 100_000), fill(folder, "http-peer", 100_000, TUTORIAL)
-    flask = "peer_flask:app"
-    granian = python(
-        "-m",
-        "granian",
-        "--interface",
-        "wsgi",
-        "--port",
-        "PORT",
-        "--no-ws",
-        "--workers",
-        "1",
-        "--blocking-threads",
-        "1",
-    )
+
+    def module(*arguments):
+        return python("-m", *arguments)
+
+    gunicorn = module("gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT")
+    uvicorn = module("uvicorn", "--port", "PORT", *UVICORN)
+    granian = module("granian", "--port", "PORT", *GRANIAN)
     servers = {
         "profiler": (profiler_server(), own),
-        "profiler, gunicorn -w2 --threads 4": (
-            python(
-                "-m",
-                "gunicorn",
-                "-w2",
-                "--threads",
-                "4",
-                "-b",
-                "127.0.0.1:PORT",
-                "profiler:application",
-            ),
-            own,
-        ),
         "profiler, with its access log": (profiler_server()[:-1], own),
-        "Falcon, gunicorn -w2 --threads 4": (
-            python(
-                "-m",
-                "gunicorn",
-                "-w2",
-                "--threads",
-                "4",
-                "-b",
-                "127.0.0.1:PORT",
-                "peer_falcon:app",
-            ),
-            peer,
-        ),
-        "Flask, flask run": (python("-m", "flask", "--app", flask, "run", "--port", "PORT"), peer),
-        "Flask, waitress": (python("-m", "waitress", "--port=PORT", flask), peer),
-        "Flask, gunicorn -w2 --threads 4": (
-            python("-m", "gunicorn", "-w2", "--threads", "4", "-b", "127.0.0.1:PORT", flask),
-            peer,
-        ),
+        "profiler, gunicorn -w2 --threads 4": ([*gunicorn, "profiler:application"], own),
         "profiler, granian, 1 thread": ([*granian, "profiler:application"], own),
         "hello, granian, 1 thread": ([*granian, "floor:hello"], own),
+        "FastAPI, async, uvicorn": ([*uvicorn, "peer_fastapi:async_app"], peer),
+        "FastAPI, sync, uvicorn": ([*uvicorn, "peer_fastapi:sync_app"], peer),
+        "Falcon, gunicorn -w2 --threads 4": ([*gunicorn, "peer_falcon:app"], peer),
+        "Flask, gunicorn -w2 --threads 4": ([*gunicorn, "peer_flask:app"], peer),
+        "Flask, waitress": (module("waitress", "--port=PORT", "peer_flask:app"), peer),
+        "Flask, flask run": (module("flask", "--app=peer_flask", "run", "--port=PORT"), peer),
     }
     rates = {name: [] for name in servers}
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if quick else RUNS):
         for name, (command, database) in servers.items():
             say(f"wrk: {name}")
             with serving(command, database) as (_, port):
                 requests_per_second(port, "/users/4711/", 1)
                 rates[name].append(requests_per_second(port, "/users/4711/", 2 if quick else 6))
-    return {name: statistics.median(values) for name, values in rates.items()}
+    return rates
+
+
+def describe_modes(rates):
+    """Return sentences about the servers whose runs fall into two groups, far apart."""
+    sentences = []
+    for name, runs in rates.items():
+        runs = sorted(runs)
+        for size in range(2, len(runs) - 1):
+            low, high = runs[:size], runs[size:]
+            if high[0] > 1.5 * low[-1]:
+                sentences.append(
+                    f" {name} has two modes: {low[0]:,.0f} to {low[-1]:,.0f} requests a second "
+                    f"in {len(low)} runs, and {high[0]:,.0f} to {high[-1]:,.0f} in {len(high)}. "
+                    "Its median says little."
+                )
+    return "".join(sentences)
 
 
 def measure_hashing(folder, quick):
     """Users created, and passwords checked, by 8 clients, as a share of what the cores
-    can hash; what a GET waits."""
-    cores = len(os.sched_getaffinity(0))
-    seconds = 5 if quick else 8
+    can hash; what a GET waits meanwhile."""
     user = {"first_name": "A", "last_name": "B", "email": "verified@b.c", "password": "1234"}
-
-    def hashes_per_second():
-        say("hashes of all cores")
-        with ThreadPoolExecutor(cores) as threads:
-            started = time.perf_counter()
-            count = cores * (8 if quick else 32)
-            list(
-                threads.map(
-                    lambda _: hashlib.pbkdf2_hmac("sha256", b"1234", b"salt", profiler.ITERATIONS),
-                    range(count),
-                )
-            )
-            return count / (time.perf_counter() - started)
-
-    def requests_per_second(port, path, status, waits, fields):
-        """Let 8 clients send such requests, each with fields of its own; note meanwhile
-        how long a GET takes."""
-        say(f"8 clients at {path}")
-        end, stop = time.perf_counter() + seconds, threading.Event()
-
-        def work(client):
-            count = 0
-            while time.perf_counter() < end:
-                if ask(port, "POST", path, fields(client, count)) != status:
-                    raise RuntimeError(f"a request to {path} failed")
-                count += 1
-            return count
-
-        def get():
-            while not stop.wait(0.02):
-                started = time.perf_counter()
-                ask(port, "GET", "/users/1/")
-                waits.append(time.perf_counter() - started)
-
-        watcher = threading.Thread(target=get)
-        watcher.start()
-        started = time.perf_counter()
-        with ThreadPoolExecutor(8) as clients:
-            done = sum(clients.map(work, range(8)))
-        rate = done / (time.perf_counter() - started)
-        stop.set()
-        watcher.join()
-        return rate
-
-    created, verified, possible, waits = [], [], [], []
-    with serving(profiler_server(), fill(folder, "hashing", 1_000)) as (_, port):
-        ask(port, "POST", "/users/", user)
-        for number in range(1 if quick else 5):
-            possible.append(hashes_per_second())
-
-            def new(client, count, number=number):
-                return {**user, "email": f"{number}.{client}.{count}@b.c"}
-
-            created.append(requests_per_second(port, "/users/", 201, waits, new))
-            verified.append(
-                requests_per_second(port, "/users/verify/", 200, waits, lambda *_: user)
-            )
-    most = statistics.median(possible)
-    p99 = statistics.quantiles(waits, n=100)[98] * 1e3
-    return [
-        *(
-            [
-                f"{what} a second, 8 clients",
-                f"{rate:.1f}",
-                f"{rate / most:.2f} of the {most:.1f} hashes of {cores} cores",
-            ]
-            for what, rate in (
-                ("users created", statistics.median(created)),
-                ("passwords checked", statistics.median(verified)),
-            )
+    uvicorn = python("-m", "uvicorn", "--port", "PORT", *UVICORN)
+    servers = {
+        "profiler": (profiler_server(), fill(folder, "hashing", 1_000)),
+        "FastAPI, sync, uvicorn": (
+            [*uvicorn, "peer_fastapi:sync_app"],
+            fill(folder, "hashing-peer", 1_000, TUTORIAL),
         ),
-        ["a GET beside them, 99 of 100", f"{p99:.0f} ms", f"{len(waits)} requests"],
-    ]
+    }
+    creations = [(f"users created, {name}", name, "/users/", 201) for name in servers]
+    works = [*creations, ("passwords checked, profiler", "profiler", "/users/verify/", 200)]
+    rates, waits, possible = {work[0]: [] for work in works}, {work[0]: [] for work in works}, []
+    seconds = 5 if quick else 8
+    with contextlib.ExitStack() as stack:
+        ports = {
+            name: stack.enter_context(serving(*server))[1] for name, server in servers.items()
+        }
+        ask(ports["profiler"], "POST", "/users/", user)
+        for number in range(1 if quick else 5):
+            say("hashes of all cores")
+            possible.append(hashes_per_second(8 if quick else 32))
+            for work, name, path, status in works:
+                say(f"8 clients: {work}")
+
+                def fields(client, count, is_new=status == 201, number=number):
+                    return {**user, "email": f"{number}.{client}.{count}@b.c"} if is_new else user
+
+                post = partial(post_for, seconds, ports[name], path, status, fields)
+                rates[work].append(watch(ports[name], post, waits[work]))
+    most = statistics.median(possible)
+    return [
+        [
+            work,
+            f"{statistics.median(runs):.1f}",
+            f"{min(runs):.1f} to {max(runs):.1f}",
+            f"{statistics.median(runs) / most:.2f}",
+            f"{statistics.quantiles(waits[work], n=100)[98] * 1e3:.0f} ms",
+        ]
+        for work, runs in rates.items()
+    ], (
+        f"8 clients. All cores together computed {most:.1f} hashes a second "
+        f"({min(possible):.1f} to {max(possible):.1f})."
+    )
+
+
+def hashes_per_second(count):
+    """Return how many hashes a second all cores compute; `count` for each of them."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as threads:
+        started = time.perf_counter()
+        hashes = [
+            threads.submit(hashlib.pbkdf2_hmac, "sha256", b"1234", b"salt", profiler.ITERATIONS)
+            for _ in range(cores * count)
+        ]
+        wait(hashes)
+        return len(hashes) / (time.perf_counter() - started)
+
+
+def post_for(seconds, port, path, status, fields):
+    """Let 8 clients send requests, each with fields of its own; return requests a second."""
+    started = time.perf_counter()
+
+    def work(client):
+        count = 0
+        while time.perf_counter() < started + seconds:
+            if ask(port, "POST", path, fields(client, count)) != status:
+                raise RuntimeError(f"a request to {path} failed")
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(8) as clients:
+        return sum(clients.map(work, range(8))) / (time.perf_counter() - started)
+
+
+def watch(port, function, waits):
+    """Return what the function returns; note how long GETs take meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(function)
+        while not result.done():
+            started = time.perf_counter()
+            ask(port, "GET", "/users/1/")
+            waits.append(time.perf_counter() - started)
+            time.sleep(0.02)
+        return result.result()
 
 
 # -- a million users, memory, import ---------------------------------------------------
@@ -519,8 +542,28 @@ def table(headers, rows):
     return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
+def table_of_runs(values, unit, form):
+    """Return a table of the runs of each candidate."""
+    first = statistics.median(values["profiler"])
+    rows = []
+    for name, runs in values.items():
+        median, least, most = statistics.median(runs), min(runs), max(runs)
+        rows.append(
+            [
+                name,
+                f"{median:{form}}",
+                f"{least:{form}} to {most:{form}}",
+                f"{median / first:.2f}",
+            ]
+        )
+    return table(["", f"{unit}, median", "lowest to highest", "times profiler's"], rows)
+
+
 def draw(charts, path):
-    """Draw a panel of bars for each chart: (title, values by name)."""
+    """Draw a panel for each chart: (title, runs by name).
+
+    A bar is a median. The line at its end is the range of the runs.
+    """
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "profiler"
     import matplotlib.pyplot as plot
@@ -536,7 +579,11 @@ def draw(charts, path):
         colours = [
             COLOURS["profiler" if name.startswith("profiler") else "other"] for name in names
         ]
-        bars = axis.barh(names, [values[name] for name in names], color=colours)
+        medians = [statistics.median(values[name]) for name in names]
+        below = [median - min(values[name]) for name, median in zip(names, medians)]
+        above = [max(values[name]) - median for name, median in zip(names, medians)]
+        style = {"elinewidth": 1, "ecolor": "#1d2433"}
+        bars = axis.barh(names, medians, color=colours, xerr=[below, above], error_kw=style)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3)
         axis.set_title(title, loc="left", fontsize=10)
         axis.margins(x=0.12)
@@ -558,28 +605,21 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for title, unit, scale, seconds in measure_in_process(folder, quick):
-            rows = [
-                [who, f"{s * scale:.1f}", f"{s / seconds['profiler']:.2f}"]
-                for who, s in seconds.items()
-            ]
-            report.append(f"## {title}\n\n" + table(["", unit, "times profiler's"], rows))
-            charts.append(
-                (
-                    f"{title} ({unit}, less is better)",
-                    {who: s * scale for who, s in seconds.items()},
-                )
+            values = {who: [each * scale for each in rounds] for who, rounds in seconds.items()}
+            report.append(
+                f"## {title}\n\n"
+                f"All took turns in each of {len(values['profiler'])} rounds.\n\n"
+                + table_of_runs(values, unit, ".1f")
             )
+            charts.append((f"{title} ({unit}, less is better)", values))
         if shutil.which("wrk"):
             rates = measure_http(folder, quick)
-            rows = [
-                [who, f"{rate:,.0f}", f"{rates['profiler'] / rate:.2f}"]
-                for who, rate in rates.items()
-            ]
             report.append(
                 "## One user over HTTP, 16 connections\n\n"
-                + table(["", "requests a second", "profiler's rate to this"], rows)
+                f"Each of {len(rates['profiler'])} rounds started every server anew."
+                f"{describe_modes(rates)}\n\n" + table_of_runs(rates, "requests a second", ",.0f")
             )
-            served = {who: rate for who, rate in rates.items() if "hello" not in who}
+            served = {who: runs for who, runs in rates.items() if "hello" not in who}
             charts.append(
                 ("One user over HTTP, 16 connections (requests a second, more is better)", served)
             )
@@ -587,16 +627,15 @@ def main():
             report.append(
                 "## One user over HTTP\n\nSkipped: wrk is not installed (apt-get install wrk).\n"
             )
-        report.append("## Hashing\n\n" + table(["", "", ""], measure_hashing(folder, quick)))
+        rows, hashes = measure_hashing(folder, quick)
+        heads = ["", "a second, median", "lowest to highest", "of the hashes", "a GET, 99 %"]
+        report.append(f"## Hashing\n\n{hashes}\n\n" + table(heads, rows))
         report.append(
             "## Growth\n\n" + table(["", *(growth := measure_growth(folder, quick))[0]], growth[1])
         )
         report.append("## A million users\n\n" + table(["", ""], measure_million(folder, quick)))
         report.append("## Start\n\n" + table(["", "", ""], measure_start(folder, quick)))
-    packages = ", ".join(
-        f"{package} {version(package)}"
-        for package in ("flask", "bottle", "falcon", "gunicorn", "waitress", "granian")
-    )
+    packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     head = (
         "# Results\n\n"
         f"Made by `python bench/run.py{' --quick' if quick else ''}` on {datetime.date.today()}: "

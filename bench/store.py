@@ -1,4 +1,4 @@
-"""What the Bottle and the Falcon service share: the tutorial's statements, on one
+"""What the services in Bottle, Falcon and FastAPI share: the tutorial's statements, on one
 connection for each thread.
 
 That is kinder to them than the tutorial, which connects for each request.

@@ -463,7 +463,8 @@ class PostgreSQL(PostgreSQLProtocol):
 
     def create(self):
         self.run(
-            self.programs / "initdb", "-D", self.data, "-U", self.superuser, "-E", "UTF8", "--locale=C",
+            self.programs / "initdb", "-D", self.data, "-U", self.superuser, "-E", "UTF8",
+            "--locale=C",
             "-A", "scram-sha-256", f"--pwfile={self.write('password', SECRET)}", "-N",
         )  # fmt: skip
         self.start()
@@ -518,8 +519,9 @@ def postgresql_with_standby(**settings):
 def multi_host_url(servers, database, options="target_session_attrs=read-write"):
     """Return one URL of several PostgreSQL servers, of which SQLAlchemy's driver uses
     the primary."""
-    hosts = "".join(f"host=127.0.0.1:{server.port}&" for server in servers)
-    return f"postgresql://app:{SECRET}@/{database}?{hosts}{options}"
+    hosts = ",".join("127.0.0.1" for _ in servers)
+    ports = ",".join(str(server.port) for server in servers)
+    return f"postgresql://app:{SECRET}@/{database}?host={hosts}&port={ports}&{options}"
 
 
 # -- MariaDB and Galera ----------------------------------------------------------------
@@ -556,7 +558,8 @@ class MariaDB(Server):
         """Create the data folder, without roles of ours: a node of Galera gets them
         from the others."""
         self.run(
-            self.installer, "--no-defaults", f"--datadir={self.data}", "--auth-root-authentication-method=normal",
+            self.installer, "--no-defaults", f"--datadir={self.data}",
+            "--auth-root-authentication-method=normal",
             "--skip-test-db",
         )  # fmt: skip
 
@@ -781,7 +784,8 @@ class Etcd(Server):
     def command(self):
         client = f"http://127.0.0.1:{self.port}"
         return [
-            self.program, "--name=etcd", f"--data-dir={self.folder / 'data'}", f"--listen-client-urls={client}",
+            self.program, "--name=etcd", f"--data-dir={self.folder / 'data'}",
+            f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}", f"--listen-peer-urls={self.peer}",
             f"--initial-advertise-peer-urls={self.peer}", f"--initial-cluster=etcd={self.peer}",
         ]  # fmt: skip

@@ -201,13 +201,42 @@ def test_token_is_compared_with_each_valid_one_in_constant_time(path, monkeypatc
 
 
 def test_link_of_a_search_writes_a_space_as_percent_20(application, users):
-    """A plus sign would be literal."""
+    """RFC 3986. A plus sign means a space in HTML forms only."""
     for number in range(3):
         users.insert("Tom", "Marvolo Riddle", f"{number}@example.com", "x")
     link = call(application, QUERY_STRING="q=o%20R&limit=1").headers["Link"]
     assert link == '</users/?limit=1&after=1&q=o%20R>; rel="next"'
     query = link[1:].partition(">")[0].partition("?")[2]
     assert [user["id"] for user in call(application, QUERY_STRING=query).json] == [2]
+
+
+@pytest.mark.parametrize(
+    ("method", "path_info", "query", "expected"),
+    [
+        ("GET", "/users/1/", "", False),
+        ("HEAD", "/users/1/", "", False),
+        ("GET", "/users/", "", False),
+        ("GET", "/users/", f"limit={profiler.SHORT_PAGE}", False),
+        ("GET", "/users/", "limit=x", False),
+        ("GET", "/users/", f"limit={profiler.SHORT_PAGE + 1}", True),
+        ("GET", "/users/", "limit=1&q=a", True),
+        ("GET", "/users/", "email=a@b", True),
+        ("GET", "/users/", "%71=a", True),
+        ("GET", "/users/", "q=&limit=1", False),
+        ("GET", "/users/", "&" * 20, False),
+        ("GET", "/users/1/", "q=a", False),
+        ("GET", "/health/", "email=1", False),
+        ("POST", "/users/", "", True),
+        ("DELETE", "/users/1/", "", True),
+    ],
+)
+def test_requests_that_may_wait_are_known_beforehand(
+    application, method, path_info, query, expected
+):
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path_info, "QUERY_STRING": query}
+    assert application.may_wait(environ)  # to open the file
+    call(application)
+    assert application.may_wait(environ) is expected
 
 
 def test_health_returns_503_for_a_table_without_a_column(application, path):

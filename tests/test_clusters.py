@@ -93,7 +93,8 @@ class Clients:
         """Assert that only 201 and 503 were returned, in time, and that no acknowledged
         user is lost."""
         print(
-            f"{name}: {len(self.acknowledged)} users, pause {self.pause:.1f} s, slowest {self.slowest:.1f} s"
+            f"{name}: {len(self.acknowledged)} users, pause {self.pause:.1f} s, "
+            f"slowest {self.slowest:.1f} s"
         )
         assert self.statuses <= {201, 503}
         assert self.slowest < slowest

@@ -356,11 +356,12 @@ def test_stuck_statement_does_not_stop_shutdown(tmp_path):
     program = f"""
 import os, profiler
 profiler.DRAIN_TIMEOUT = profiler.CLOSE_TIMEOUT = 0.1
-def page(users, *arguments):
-    statement = {endless!r} if arguments[-1] else "SELECT 1"
-    users.database.read(users._searches if arguments[-1] else users._reads, statement)
-    return b"", None
-profiler.Users.page = page
+read = profiler.Database.read
+def read_forever(database, connection, statement, parameters=()):
+    if " LIKE " in statement:
+        statement, parameters = {endless!r}, ()
+    return read(database, connection, statement, parameters)
+profiler.Database.read = read_forever
 profiler.main(["--port", "0", "--no-access-log"])
 """
     with contextlib.ExitStack() as stack:

@@ -87,7 +87,9 @@ def test_import_opens_no_file(tmp_path):
     program = (
         "import sys; opened = []\n"
         "watched = ('open', 'sqlite3.connect')\n"
-        "sys.addaudithook(lambda event, args: opened.append(args[0]) if event in watched else None)\n"
+        "sys.addaudithook(\n"
+        "    lambda event, args: opened.append(args[0]) if event in watched else None\n"
+        ")\n"
         "import profiler\n"
         "print([name for name in opened if str(name).endswith(('sqlite3', '.sql'))])"
     )
@@ -298,7 +300,8 @@ def test_tutorial_database_is_served_as_it_is(client, path):
     )
     execute(
         path,
-        "INSERT INTO user (first_name, last_name, email, password, created_on) VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO user (first_name, last_name, email, password, created_on) "
+        "VALUES (?, ?, ?, ?, ?)",
         row,
     )
     assert client.get("/users/1/").json["created_on"] == "2020-01-02 03:04:05"
@@ -650,6 +653,13 @@ def test_wal_file_deleted_while_only_reading_is_noticed(application, path):
     assert (call(application, path="/health/").status, write(application).status) == (503, 503)
 
 
+def test_deleted_shm_file_is_noticed(application, path):
+    """Another process would create a new one, and both would write without a common lock."""
+    assert post(application).status == 201
+    (path.parent / f"{path.name}-shm").unlink()
+    assert (call(application, path="/health/").status, write(application).status) == (503, 503)
+
+
 def test_wal_file_that_another_process_truncates_is_no_error(application, path):
     assert post(application).status == 201
     assert execute(path, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
@@ -660,6 +670,22 @@ def test_backup_of_a_database_that_does_not_exist_creates_nothing(users, tmp_pat
     with pytest.raises(OSError, match="no such database"):
         users.backup(str(tmp_path / "copy"))
     assert os.listdir(tmp_path) == []
+
+
+def test_backup_of_another_database_changes_nothing_in_it(tmp_path, path):
+    """For example, if --database has a typing error."""
+    execute(path, "CREATE TABLE t (a)")
+    before = path.read_bytes()
+    profiler.Users(path).backup(str(tmp_path / "copy"))
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy", path.name]
+
+
+def test_backup_of_a_short_file_fails(tmp_path, path):
+    path.write_bytes(b"h" * 511)
+    with pytest.raises(OSError, match="not a database"):
+        profiler.Users(path).backup(str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
 
 
 # -- forks -----------------------------------------------------------------------------
@@ -691,12 +717,22 @@ def test_closing_during_a_fork_does_not_lock_the_database(application, users, mo
     assert write(application).status == 204
 
 
+def test_two_forks_at_once_leave_no_lock_held(application, users, monkeypatch):
+    monkeypatch.setattr(profiler, "CLOSE_TIMEOUT", 0.01)
+    for hook in ("before_fork", "before_fork", "after_fork_in_parent", "after_fork_in_parent"):
+        getattr(users.database, hook)()
+    assert (write(application).status, call(application).status) == (204, 200)
+
+
 @needs_fork
 @ignores_fork_warning
 def test_daemon_whose_parent_ended_loses_no_write(application, path):
     """Without locks of its own, its -wal file would be deleted by the next process that
     closes the database."""
-    other = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE user SET last_name = 1'); c.commit()"
+    other = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+        "c.execute('UPDATE user SET last_name = 1'); c.commit()"
+    )
     read, write = os.pipe()
     if os.fork() == 0:
         post(application)
@@ -720,7 +756,7 @@ def test_daemon_whose_parent_ended_loses_no_write(application, path):
 @ignores_fork_warning
 def test_child_forked_during_a_transaction_can_read(application, users):
     assert users.count() == 0
-    with users.database.transaction(), users._reads.lock:
+    with users.database.transaction(), users._read_connection.lock:
         assert in_a_fork(lambda: call(application).status == 200)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the section *HTTP*: bodies, fields, query parameters and preconditions."""
+"""Tests of the section *HTTP*, and of fields: bodies, query parameters, preconditions."""
 
 from __future__ import annotations
 
@@ -90,6 +90,14 @@ class Trickle(io.BytesIO):
     def read(self, size):
         assert size > 0
         return super().read(1)
+
+
+@pytest.mark.parametrize("length", [{}, {"CONTENT_LENGTH": ""}, {"CONTENT_LENGTH": "0"}])
+def test_without_a_content_length_nothing_is_read(application, length):
+    """A read would wait for a client that sends no more."""
+    environ = {"CONTENT_TYPE": "application/json", **length, "wsgi.input": Unreadable()}
+    answer = call(application, "POST", **environ)
+    assert (answer.status, "must be JSON" in answer.error) == (400, True)
 
 
 def test_body_may_arrive_in_pieces(application):
@@ -329,6 +337,45 @@ def test_invisible_character_in_an_email_returns_400(application, character, ema
         assert (answer.status, answer.error.startswith("email must")) == (400, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("first_name", None, "must be a string"),
+        ("last_name", "a\n", "must not contain control characters"),
+        ("email", "harry", "must be an address"),
+        ("password", "\ud800", "must not contain a lone surrogate"),
+        ("password", " ", "must not be blank"),
+        ("password", "x" * 1025, "must have at most 1024 characters"),
+    ],
+)
+def test_invalid_field_is_refused_without_http(accounts, name, value, problem):
+    with pytest.raises(profiler.InvalidField, match=f"^{name} {problem}"):
+        accounts.create(**{**HARRY, name: value})
+    assert accounts.users.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("import_user", ("H", "P", "h@example.com", "1234"), "password_hash must be a PBKDF2"),
+        ("update", (1, {"first_name": ""}), "first_name must not be blank"),
+        ("update", (1, {"id": 7}), "id must be one of first_name, last_name, email"),
+        ("verify", ("harry@example.com", None), "password must be a string"),
+        ("verify", ("\0", "1234"), "email must not contain control characters"),
+        ("change_password", (1, 1234, "5678"), "old_password must be a string"),
+        ("change_password", (1, "1234", ""), "new_password must not be blank"),
+        ("reset_password", (1, "a\0"), "new_password must not contain the NUL character"),
+    ],
+)
+def test_each_rule_of_accounts_checks_its_fields(accounts, method, arguments, message):
+    assert accounts.create(**HARRY) == 1
+    user, password_hash = accounts.users.get(1), accounts.users.get_password_hash(1)
+    with pytest.raises(profiler.InvalidField, match=f"^{message}"):
+        getattr(accounts, method)(*arguments)
+    assert accounts.users.count() == 1
+    assert (accounts.users.get(1), accounts.users.get_password_hash(1)) == (user, password_hash)
+
+
 # -- preconditions ---------------------------------------------------------------------
 
 
@@ -438,7 +485,7 @@ def test_preconditions_do_not_apply_to_the_list(client):
 
 
 def test_streamed_list_has_no_content_length(application, users, monkeypatch):
-    monkeypatch.setattr(profiler, "BATCH", 2)
+    monkeypatch.setattr(profiler, "SHORT_PAGE", 2)
     for number in (1, 2, 3):
         users.insert("F", "L", f"{number}@b.c", "x")
     answer = call(application)
@@ -458,3 +505,17 @@ def test_error_is_a_json_object_with_a_message(application):
         "application/json",
         ["error"],
     )
+
+
+def test_only_a_hundred_entity_tags_are_compared(application, users, monkeypatch):
+    """Thousands would take milliseconds, during which nobody else is served."""
+    users.insert("F", "L", "a@b.c", "x")
+    tag = call(application, path="/users/1/").headers["ETag"]
+    for count, expected in ((99, 304), (100, 200)):
+        field = '"x",' * count + tag
+        assert call(application, path="/users/1/", HTTP_IF_NONE_MATCH=field).status == expected
+
+
+@pytest.mark.parametrize(("count", "status"), [(20, 200), (21, 400)])
+def test_query_has_at_most_twenty_parameters(application, count, status):
+    assert call(application, QUERY_STRING="&".join(["a=b"] * count)).status == status

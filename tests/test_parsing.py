@@ -239,7 +239,7 @@ def test_absolute_target_without_a_path_is_the_root():
 def test_every_beginning_of_a_valid_head_is_accepted(head):
     line = head.index(b"HTTP/1.1\r\n") + 9
     for end in range(len(head)):
-        assert profiler.has_request_line(head[:end]) is (end > line)
+        assert profiler.check_request_start(head[:end]) is (end > line)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,131 @@ def test_every_beginning_of_a_valid_head_is_accepted(head):
 )
 def test_head_that_cannot_become_valid_is_rejected_early(beginning, status):
     with pytest.raises(profiler.HTTPError) as rejection:
-        profiler.has_request_line(beginning)
+        profiler.check_request_start(beginning)
         profiler.check_head_size(beginning)
     assert rejection.value.status == status
+
+
+# -- chunked bodies --------------------------------------------------------------------
+
+
+def decode(data, size=1_000_000):
+    """Decode a chunked body that arrives in pieces of this size.
+
+    Return it and what follows it, or None if it is incomplete.
+    """
+    pieces = iter([data[start : start + size] for start in range(0, len(data), size)])
+    received, body = bytearray(), bytearray()
+    for _ in profiler.decode_chunks(received, body):
+        piece = next(pieces, None)
+        if piece is None:
+            return None
+        received += piece
+    return bytes(body), bytes(received) + b"".join(pieces)
+
+
+def status_of_chunks(data):
+    """Return the status with which a chunked body is rejected."""
+    with pytest.raises(profiler.HTTPError) as rejection:
+        decode(data)
+    return rejection.value.status
+
+
+@pytest.mark.parametrize(
+    ("data", "body"),
+    [
+        (b"0\r\n\r\n", b""),
+        (b"2\r\n{}\r\n0\r\n\r\n", b"{}"),
+        (b"1\r\n{\r\n1\r\n}\r\n0\r\n\r\n", b"{}"),
+        (b"A\r\n0123456789\r\n00\r\n\r\n", b"0123456789"),
+        (b"009\r\n\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", b"\r\n\r\n0\r\n\r\n"),
+        (b'2;a=b;c="d e"\r\n{}\r\n0;e\r\n\r\n', b"{}"),
+        (b"2\r\n{}\r\n0\r\nA: b\r\nC:\r\n\r\n", b"{}"),
+    ],
+    ids=["empty", "one", "two", "hexadecimal", "line breaks", "extensions", "trailers"],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("rest", [b"", b"GET / HTTP/1.1\r\n"])
+def test_chunked_body_is_decoded_however_it_arrives(data, body, size, rest):
+    """RFC 9112 7.1."""
+    assert decode(data + rest, size) == (body, rest)
+    for end in range(len(data)):
+        assert decode(data[:end], size) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\r\n",
+        b"x\r\n",
+        b"-1\r\n",
+        b"+1\r\n",
+        b"0x1\r\n",
+        b"0_1\r\n",
+        b" 1\r\n",
+        b"1 \r\n",
+        b"\xb2\r\n",
+        b";a\r\n",
+        b"1;a\0\r\n",
+        b"1;a\rb\r\n",
+        b"1\r\r\n",
+        b"1\n",
+    ],
+)
+def test_malformed_size_of_a_chunk_is_rejected(line):
+    """Python's int() accepts some of them."""
+    end = b"x\r\n0\r\n\r\n"
+    assert decode(b"1\r\n" + end) == (b"x", b"")
+    assert status_of_chunks(line + end) == 400
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"2\r\n{}\n0\r\n\r\n",
+        b"2\r\n{}0\r\n\r\n",
+        b"2\r\n{}XX0\r\n\r\n",
+        b"0\r\n\n",
+        b"0\r\nA\r\n\r\n",
+        b"0\r\nA : b\r\n\r\n",
+        b"0\r\n A: b\r\n\r\n",
+        b"0\r\nA: b\n\r\n",
+        b"0\r\nA: b\r\n\n",
+        b"0\r\nA: \0\r\n\r\n",
+    ],
+)
+def test_malformed_end_of_a_chunk_or_of_the_body_is_rejected(data):
+    """A proxy could see the end of the request elsewhere (RFC 9112 11.2)."""
+    assert status_of_chunks(data) == 400
+
+
+def test_line_of_a_chunk_is_limited():
+    line = b"1;" + b"a" * (profiler.MAX_CHUNK_LINE - 4) + b"\r\n"
+    assert len(line) == profiler.MAX_CHUNK_LINE
+    assert decode(line + b"x\r\n0\r\n\r\n") == (b"x", b"")
+    assert status_of_chunks(line.replace(b"a", b"aa", 1)) == 400
+    assert status_of_chunks(b"0" * profiler.MAX_CHUNK_LINE) == 400
+
+
+def test_chunked_body_is_limited():
+    """It is rejected before it has arrived."""
+    size = profiler.MAX_BODY
+    data = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"x" * size)
+    assert decode(data) == (b"x" * size, b"")
+    assert status_of_chunks(b"%x\r\n" % (size + 1)) == 413
+    assert status_of_chunks(data.replace(b"\r\n0\r\n", b"\r\n1\r\n")) == 413
+    assert status_of_chunks(b"f" * 32 + b"\r\n") == 413
+
+
+def test_many_tiny_chunks_are_rejected():
+    """They would cost more time than they bring data."""
+    count = profiler.MAX_FRAMING // len(b"1\r\n\r\n")
+    data = b"1\r\nx\r\n" * (count - 1) + b"0\r\n\r\n"
+    assert decode(data) == (b"x" * (count - 1), b"")
+    assert status_of_chunks(b"1\r\nx\r\n" * (count + 1)) == 413
+
+
+def test_trailers_are_limited():
+    assert decode(b"0\r\nA: " + b"b" * (profiler.MAX_HEAD - 7) + b"\r\n\r\n") == (b"", b"")
+    assert status_of_chunks(b"0\r\nA: " + b"b" * profiler.MAX_HEAD) == 431
+    assert status_of_chunks(b"0\r\n" + b"A: b\r\n" * profiler.MAX_HEAD + b"\r\n") == 431

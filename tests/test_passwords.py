@@ -93,6 +93,17 @@ def test_lone_surrogate_matches_nothing():
         profiler.hash_password("\ud800", 1)
 
 
+def test_password_of_more_than_1024_characters_is_neither_hashed_nor_verified():
+    """NFC takes quadratic time."""
+    longest = "\U0001f40d" * profiler.MAX_PASSWORD
+    assert len(longest) == 1024
+    assert profiler.verify_password(profiler.hash_password(longest, 1), longest)
+    with pytest.raises(ValueError, match="at most 1024 characters"):
+        profiler.hash_password(longest + "x", 1)
+    digest = hashlib.pbkdf2_hmac("sha256", b"x" * 1025, b"salt", 1).hex()
+    assert not profiler.verify_password(f"pbkdf2:sha256:1$salt${digest}", "x" * 1025)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -236,3 +247,10 @@ def test_scrypt_is_not_verified_where_hashlib_lacks_it(monkeypatch):
 )
 def test_weak_or_foreign_hash_needs_a_rehash(password_hash, expected):
     assert profiler.needs_rehash(password_hash, 10) is expected
+
+
+@pytest.mark.parametrize(("length", "is_allowed"), [(1024, True), (1025, False)])
+def test_salt_has_at_most_1024_characters(length, is_allowed):
+    """It is stored before created_on, so a long one makes each page of users slower."""
+    password_hash = f"pbkdf2:sha256:1${'s' * length}${'0' * 64}"
+    assert (profiler.parse_hash(password_hash) is not None) is is_allowed

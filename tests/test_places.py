@@ -143,6 +143,22 @@ def test_where_files_cannot_be_mapped_the_database_is_not_in_wal_mode(applicatio
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name]
 
 
+def test_full_disk_does_not_end_wal_mode(path, monkeypatch):
+    """No file can be created there, but that says nothing about mapping files."""
+    fill(path, 1)
+    real_open = open
+
+    def fail_to_create(name, mode="r", *more, **options):
+        if "x" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_open(name, mode, *more, **options)
+
+    monkeypatch.setattr(profiler, "open", fail_to_create, raising=False)
+    with contextlib.closing(profiler.create_app(path)) as application:
+        assert call(application, path="/users/1/").status == 200
+        assert execute(path, "PRAGMA journal_mode") == [("wal",)]
+
+
 @pytest.mark.usefixtures("no_shared_memory")
 def test_without_wal_every_commit_is_synced_with_its_folder(application, users):
     """Otherwise a power loss could bring back the journal of an acknowledged write."""
@@ -230,8 +246,9 @@ def test_full_stdout_ends_neither_the_start_nor_a_backup(tmp_path):
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_token_in_quotes_is_refused_at_the_start(accounts, quote):
     """docker run --env-file keeps the quotes."""
-    with pytest.raises(ValueError, match="without quotes"):
-        profiler.Application(accounts, token=f"{quote}0123456789abcdef{quote}")
+    for token in ("0123456789abcdef", "0123456789abcdef fedcba9876543210"):
+        with pytest.raises(ValueError, match="without quotes"):
+            profiler.Application(accounts, token=f"{quote}{token}{quote}")
     profiler.Application(accounts, token=f"0123456789{quote}abcdef")
 
 
@@ -254,6 +271,7 @@ def test_scrypt_that_openssl_refuses_is_403_with_a_line_in_the_log(
 
     class Hashlib:
         pbkdf2_hmac = profiler.pbkdf2_hmac
+        sha256 = profiler.hashlib.sha256
 
         @staticmethod
         def scrypt(*_, **__):

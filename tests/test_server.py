@@ -26,7 +26,10 @@ from conftest import BODY, ITERATIONS, Answer, execute, fill, locked, not_on_win
 import profiler
 
 GET = b"GET /users/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
-POST_HEAD = b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+POST_HEAD = (
+    b"POST /users/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
 POST = POST_HEAD % len(BODY) + BODY
 DELETE = b"DELETE /users/9/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -464,7 +467,7 @@ def test_chunked_body_may_arrive_byte_by_byte(server):
         (b"0\r\nX: " + b"y" * profiler.MAX_HEAD, 431),
         (b"%x\r\n" % (profiler.MAX_BODY + 1), 413),
         (b"f" * 60 + b"\r\n", 413),
-        (b"1\r\n \r\n" * 16_384, 413),
+        (b"1\r\n \r\n" * 4_096, 413),
     ],
 )
 def test_malformed_or_too_large_chunked_body_is_rejected_at_once(server, body, status):
@@ -507,6 +510,17 @@ def test_empty_lines_instead_of_a_request_are_400(server, received):
     with connected(server) as connection:
         connection.sendall(received)
         assert statuses(receive(connection)) == [400]
+
+
+def test_empty_line_after_a_request_is_ignored(server, monkeypatch):
+    """RFC 9112 2.2. It is not the beginning of a request that never ends."""
+    with connected(server) as connection:
+        for _ in range(2):
+            assert ask(connection, GET + b"\r\n").status == 200
+        until(lambda: server.idle)
+        monkeypatch.setattr(profiler, "IDLE_TIMEOUT", 0.05)
+        connection.sendall(b"\r\n")
+        assert receive(connection) == b""
 
 
 def test_target_is_decoded_once_however_slowly_its_head_arrives(server, monkeypatch):
@@ -886,7 +900,7 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     """Otherwise searches would take all workers, and writes would wait for them."""
     fill(path, 1)
     waiting = threading.Semaphore(0)
-    shared = users._searches
+    shared = users._search_connection
     acquire = shared.acquire
     monkeypatch.setattr(shared, "acquire", lambda: waiting.release() or acquire())
     with serving(application) as server, contextlib.ExitStack() as stack:
@@ -1034,7 +1048,7 @@ def test_read_that_may_have_to_wait_does_not_hold_up_others(server, users, path,
 
 
 @pytest.mark.parametrize(
-    "query", ["q=first", "%71=first", "email=user1@example.com", "limit=501", "after=0&limit=999"]
+    "query", ["q=first", "%71=first", "email=user1@example.com", "limit=101", "after=0&limit=999"]
 )
 def test_long_read_does_not_hold_up_others(server, users, path, monkeypatch, query):
     fill(path, 1)
@@ -1042,7 +1056,7 @@ def test_long_read_does_not_hold_up_others(server, users, path, monkeypatch, que
     page = users.page
 
     def read_slowly(limit, after=None, descending=False, email=None, text=""):
-        if limit > profiler.BATCH or email or text:
+        if limit > profiler.SHORT_PAGE or email or text:
             started.set()
             assert go_on.wait(10)
         return page(limit, after, descending, email, text)
@@ -1124,7 +1138,8 @@ def test_access_log_has_common_log_format_without_control_characters(application
         receive(connection)
     first, second, third, fourth = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
-        r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "GET /users/ HTTP/1\.1" 200 3',
+        r"127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}(:\d\d){3} [+-]\d{4}\] "
+        r'"GET /users/ HTTP/1\.1" 200 3',
         first,
     )
     assert '"GET /\\xff\\"\\\\ HTTP/1.1" 404' in second
@@ -1162,6 +1177,14 @@ def test_access_log_has_nothing_but_request_lines(application, capfd, request_):
     log = capfd.readouterr().err
     assert '"" 400' in log
     assert "1234" not in log
+
+
+def test_access_log_has_no_target_that_is_no_path(application, capfd):
+    """It may contain a password."""
+    with serving(application, access_log=True) as server, connected(server) as connection:
+        connection.sendall(b"GET http://u:secret@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert statuses(receive(connection)) == [400]
+    assert "secret" not in capfd.readouterr().err
 
 
 def test_idle_connection_keeps_no_response(server, path):
@@ -1282,6 +1305,21 @@ def test_shutdown_answers_requests_of_connections_that_wait_to_be_accepted(appli
             assert statuses(received) == [200]
             assert b"\r\nConnection: close\r\n" in received
         assert [receive(connection) for connection in connections[50:]] == [b""] * 50
+
+
+def test_shutdown_answers_what_was_accepted_while_the_deadlines_were_checked(application):
+    """A check accepts connections, too. Their deadline is 0 then, but they were not read yet."""
+    with serving(application) as server, contextlib.ExitStack() as stack:
+        assert ask(stack.enter_context(connected(server))).status == 200
+        gate = Gate(application)
+        server.application = gate
+        with held_up(server, gate):
+            connections = [stack.enter_context(connected(server)) for _ in range(150)]
+            for connection in connections:
+                connection.sendall(GET)
+            select.select([], [], [], 2 * profiler.CHECK_INTERVAL)
+            server.stop()
+        assert {tuple(statuses(receive(connection))) for connection in connections} == {(200,)}
 
 
 def test_shutdown_completes_a_list_and_then_closes_its_connection(server, users, monkeypatch):

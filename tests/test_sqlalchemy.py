@@ -11,12 +11,12 @@ import pathlib
 import random
 import re
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import pytest
 
@@ -48,7 +48,7 @@ from servers import SECRET, MariaDB, PostgreSQL, database_of  # noqa: E402
 
 import profiler  # noqa: E402
 import profiler_sqlalchemy  # noqa: E402
-import test_profiler  # noqa: E402
+from test_profiler import *  # noqa: E402, F403
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,8 @@ def database_url(server):
     takes longer."""
     if server not in _urls:
         _urls[server] = server.make_database()
-    server.execute(f"DROP TABLE IF EXISTS {server.table}", database_of(_urls[server]))
+    for table in (server.table, "profiler_failure"):
+        server.execute(f"DROP TABLE IF EXISTS {table}", database_of(_urls[server]))
     return _urls[server]
 
 
@@ -111,10 +112,23 @@ def fill_table(server, url, count, application):
     """Create users 1 to count, without the application."""
     application.users.count()
     rows = ", ".join(
-        f"({i}, 'First{i}', 'Last{i}', 'user{i}@example.com', 'user{i}@example.com', 'x', '2026-11-22 10:50:00')"
+        f"({i}, 'First{i}', 'Last{i}', 'user{i}@example.com', 'user{i}@example.com', 'x', "
+        "'2026-11-22 10:50:00')"
         for i in range(1, count + 1)
     )
     server.execute(f"INSERT INTO {server.table} VALUES {rows}", database_of(url))
+
+
+@pytest.fixture
+def advance(server, database_url):
+    """A function that lets some seconds pass for the wrong passwords that are stored."""
+
+    def advance(seconds):
+        server.execute(
+            f"UPDATE profiler_failure SET last = last - {seconds}", database_of(database_url)
+        )
+
+    return advance
 
 
 def put(application, user_id=1, method="PUT", fields=None, **environ):
@@ -139,11 +153,9 @@ def assert_unavailable(answer, reason=""):
         assert secret not in answer.errors
 
 
-# -- the same claims, and the same responses -------------------------------------------
-
-for name, value in vars(test_profiler).items():
-    if name.startswith("test_") or name in ("pages", "people"):
-        globals()[name] = value
+# -- the same responses ----------------------------------------------------------------
+# The tests of test_profiler.py are imported above. They run here, too, with the fixtures of
+# this module.
 
 
 def user(**fields):
@@ -161,13 +173,17 @@ def passwords(old, new):
 
 
 HOSTILE = [
-    "", " ", "\t", None, 1, True, [], {}, "\0", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "x" * 255, "x" * 256,
-    "\U0001f9d9" * 255, "\U0001f9d9" * 256, "\uffff", "\U0010ffff", " a ", "a ", "'; DROP TABLE user; --", '"\\/',
+    "", " ", "\t", None, 1, True, [], {}, "\0", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800",
+    "x" * 255, "x" * 256,
+    "\U0001f9d9" * 255, "\U0001f9d9" * 256, "\uffff", "\U0010ffff", " a ", "a ",
+    "'; DROP TABLE user; --", '"\\/',
     "%s %(x)s :id ? {0} $1", "\u202e\u00e9e\u0301", "\ufeff", "100% _!\\",
 ]  # fmt: skip
 EMAILS = [
-    "HARRY@EXAMPLE.COM", "harry@example.com ", "harry@", "@example.com", "a@b@c", "a b@c", "\u00e9@x", "\u00c9@x",
-    "e@x", "E@X", "\u0130@x", "i@x", "\u017f@x", "s@x", "\U0001f9d9@x", "\U0001f409@x", "\u00df@x", "ss@x", "%@x",
+    "HARRY@EXAMPLE.COM", "harry@example.com ", "harry@", "@example.com", "a@b@c", "a b@c",
+    "\u00e9@x", "\u00c9@x",
+    "e@x", "E@X", "\u0130@x", "i@x", "\u017f@x", "s@x", "\U0001f9d9@x", "\U0001f409@x",
+    "\u00df@x", "ss@x", "%@x",
     "_@x", "a" * 252 + "@x", "a" * 253 + "@x", "\U0001f9d9" * 252 + "@x",
 ]  # fmt: skip
 IDS = [
@@ -185,11 +201,16 @@ IDS = [
     "\u0661",
 ]
 QUERIES = [
-    "limit=1", "limit=2&after=1", "limit=3&sort=-id", "limit=2&sort=-id&after=9", "sort=-id", "sort=id&after=5",
-    "limit=0", "limit=1001", "limit=x", "after=-1", "after=9223372036854775807", "after=9223372036854775808",
-    "email=harry@example.com", "email=HARRY@example.com", "email=nobody@example.com", "email=", "email=%C3%89@x",
-    "email=%C3%A9@x", "email=e@x&limit=1", "email=harry@example.com&after=1", "sort=name", "limit=1&limit=2",
-    "email=%F0%9F%A7%99@x", "email=%25@x", "email=%FF@x", "q=pot", "q=POT&limit=2", "q=%25", "q=_", "q=!", "q=%5C",
+    "limit=1", "limit=2&after=1", "limit=3&sort=-id", "limit=2&sort=-id&after=9", "sort=-id",
+    "sort=id&after=5",
+    "limit=0", "limit=1001", "limit=x", "after=-1", "after=9223372036854775807",
+    "after=9223372036854775808",
+    "email=harry@example.com", "email=HARRY@example.com", "email=nobody@example.com", "email=",
+    "email=%C3%89@x",
+    "email=%C3%A9@x", "email=e@x&limit=1", "email=harry@example.com&after=1", "sort=name",
+    "limit=1&limit=2",
+    "email=%F0%9F%A7%99@x", "email=%25@x", "email=%FF@x", "q=pot", "q=POT&limit=2", "q=%25",
+    "q=_", "q=!", "q=%5C",
     "q='", "q=%00", "q=ginny&sort=-id&limit=1", "q=potter&after=3&limit=2", "q=nobody", "q=",
 ]  # fmt: skip
 REQUESTS = [
@@ -439,12 +460,13 @@ def test_text_that_is_too_long_is_not_truncated(application):
     assert application.users.count() == 0
 
 
-def test_encoding_that_cannot_store_every_character_is_503(postgresql_server):
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_encoding_that_cannot_store_every_character_is_503(postgresql_server, encoding):
     url = postgresql_server.make_database(
-        "ENCODING LATIN1 LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        f"ENCODING {encoding} LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
     )
     with make_app(url) as application:
-        assert_unavailable(call(application), "encoding of the database is LATIN1")
+        assert_unavailable(call(application), f"encoding of the database is {encoding}")
 
 
 def test_initialise_deletes_users_by_force_only(server, url, application):
@@ -477,6 +499,161 @@ def test_backup_names_the_programs_of_the_servers(application):
         application.users.backup("copy")
 
 
+PROBLEMS = [
+    ("postgresql", 'DROP CONSTRAINT "user_email_key_key"', "email_key has no unique index"),
+    ("postgresql", "DROP id, ADD id uuid DEFAULT gen_random_uuid()", "the ids are no integers"),
+    ("postgresql", "ALTER created_on TYPE timestamptz", "timestamp without time zone"),
+    ("postgresql", "ALTER email_key TYPE varchar(254) COLLATE blind", "equates é and e"),
+    ("postgresql", "DROP email_key", "email_key"),
+    ("postgresql", "DROP password", "password"),
+    ("mariadb", "DROP INDEX email_key", "email_key has no unique index"),
+    ("mariadb", "DROP INDEX email_key, ADD UNIQUE (email_key, id)", "email_key has no unique"),
+    ("mariadb", "DROP INDEX email_key, ADD UNIQUE (email_key(9))", "email_key has no unique"),
+    ("mariadb", "MODIFY id CHAR(36) NOT NULL", "the ids are no integers"),
+    ("mariadb", "MODIFY email_key VARCHAR(254) COLLATE utf8mb4_general_ci", "equates é and e"),
+    ("mariadb", "ENGINE = MyISAM", "must be InnoDB"),
+    ("mariadb", "DROP email_key", "email_key"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "problem"), PROBLEMS)
+def test_table_that_cannot_be_served_makes_health_503(request, name, change, problem):
+    server = request.getfixturevalue(f"{name}_server")
+    url = server.make_database()
+    with make_app(url) as application:
+        assert call(application, path="/health/").status == 200
+        if "blind" in change:
+            server.execute(
+                "CREATE COLLATION blind (provider = icu, locale = 'und-u-ks-level1', "
+                "deterministic = false)",
+                database_of(url),
+            )
+        server.execute(f"ALTER TABLE {server.table} {change}", database_of(url))
+        answer = call(application, path="/health/")
+        assert answer.status == 503
+        assert problem in answer.errors
+        assert answer.errors.count("\n") == 1
+
+
+def test_server_does_not_start_on_a_table_that_cannot_be_served(server, url, application):
+    application.users.count()
+    key = (
+        "DROP CONSTRAINT user_email_key_key"
+        if isinstance(server, PostgreSQL)
+        else "DROP INDEX email_key"
+    )
+    server.execute(f"ALTER TABLE {server.table} {key}", database_of(url))
+    with pytest.raises(SystemExit) as exit:
+        profiler_sqlalchemy.main(["--database", url, "--port", "0"])
+    location = application.users.location.partition("?")[0]
+    assert str(exit.value) == (
+        f"profiler: {location}: the table of users cannot be served: email_key has no unique index"
+    )
+
+
+def test_view_of_a_table_can_be_served(server, url, application):
+    post(application)
+    statements = [
+        f"ALTER TABLE {server.table} RENAME TO account",
+        f"CREATE VIEW {server.table} AS SELECT * FROM account",
+    ]
+    for statement in statements:
+        server.execute(statement, database_of(url))
+    try:
+        assert call(application, path="/health/").status == 200
+        assert put(application).status == 200
+    finally:
+        server.execute(f"DROP VIEW {server.table}", database_of(url))
+        server.execute("DROP TABLE account", database_of(url))
+
+
+def test_role_that_may_only_change_rows_can_check_the_table(server, url, application):
+    application.users.count()
+    with make_app(server.allow(url)) as limited:
+        assert call(limited, path="/health/").status == 200
+
+
+# -- the statements of the documentation -----------------------------------------------
+
+
+def documented_statements(title, number=0):
+    """Return the SQL statements in a code block of a section of docs/databases.md."""
+    text = servers.DOCUMENTATION.read_text("utf-8")
+    [(_, section)] = re.findall(rf"^(##+) {title}$(.*?)^##", text, re.MULTILINE | re.DOTALL)
+    block = re.findall(r"^```sql\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[number]
+    return [statement.strip() for statement in block.split(";") if statement.strip()]
+
+
+def number_of(server):
+    """The first code block is about PostgreSQL, the second about MySQL and MariaDB."""
+    return 0 if isinstance(server, PostgreSQL) else 1
+
+
+def test_documented_first_steps_give_all_rights_that_the_service_needs(server):
+    statements = documented_statements("PostgreSQL, MySQL, MariaDB", number_of(server))
+    for statement in statements:
+        server.execute(re.sub(r"\bapp\b", "documented", statement))
+    try:
+        url = server.url("documented", "documented").replace(SECRET, "secret")
+        with make_app(url) as application:
+            assert post(application).status == 201
+            assert_limited(application)
+            assert application.users.initialise(force=True)
+    finally:
+        server.execute("DROP DATABASE documented")
+        server.execute(f"DROP {'ROLE' if isinstance(server, PostgreSQL) else 'USER'} documented")
+
+
+def test_documented_tables_are_those_that_the_service_creates(server):
+    dialect = profiler_sqlalchemy._DIALECTS[
+        "mysql" if isinstance(server, MariaDB) else "postgresql"
+    ]
+    statements = documented_statements("The tables", number_of(server))
+    assert statements[0] == dialect.create_user.strip()
+    assert statements[1] == dialect.create_profiler_failure.strip()
+
+
+def test_documented_rights_are_enough(server, caplog):
+    url = server.make_database()
+    for statement in documented_statements("The tables", number_of(server)):
+        server.execute(statement.replace("TO app", "TO limited"), database_of(url))
+    with make_app(server.url(database_of(url), "limited")) as application:
+        assert call(application, path="/health/").status == 200
+        assert post(application).status == 201
+        assert put(application).status == 200
+        assert_limited(application, "ginny@example.com")
+        assert call(application, "DELETE", "/users/1/").status == 204
+    count = server.execute("SELECT count FROM profiler_failure", database_of(url))
+    assert count == [(10,)]
+    assert caplog.records == []
+
+
+def test_documented_index_serves_searches_at_every_limit(postgresql_server):
+    """Also once PostgreSQL has a plan for all texts: that of a statement that is prepared."""
+    url = postgresql_server.make_database()
+    name = database_of(url)
+    with make_app(url) as application:
+        application.users.count()
+        postgresql_server.execute(
+            """
+INSERT INTO "user" (first_name, last_name, email, email_key, password, created_on)
+SELECT md5('f' || n), md5('l' || n), n || '@x', n || '@x', 'x', now()
+FROM generate_series(1, 30000) AS n
+""",
+            name,
+        )
+        for statement in documented_statements("Many users"):
+            postgresql_server.execute(statement, name)
+        postgresql_server.execute('VACUUM ANALYZE "user"', name)
+        for limit in (1, 50, 1000):
+            for _ in range(12):
+                assert application.users.page(limit, text="zzqqxx") == (b"", None)
+            assert json.loads(b"[%b]" % application.users.page(limit, text="29999@X")[0])
+        # Each search looks into the index once for each of the three columns.
+        used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'user_search'"
+        until(lambda: postgresql_server.execute(used, name) == [(3 * 39,)])
+
+
 # -- rows of other programs ------------------------------------------------------------
 
 
@@ -506,31 +683,6 @@ def test_any_time_is_served(request, name, created_on, served):
         assert put(application, 2, HTTP_IF_MATCH=get(application, 2).headers["ETag"]).status == 200
 
 
-def test_invalid_utf8_in_an_sql_ascii_database_is_served_as_replacement_characters(
-    postgresql_server,
-):
-    url = postgresql_server.make_database(
-        "ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
-    )
-    with make_app(url) as application:
-        fill_table(postgresql_server, url, 3, application)
-        postgresql_server.execute(
-            "UPDATE \"user\" SET first_name = E'H\\xffrry', password = E'\\xff' WHERE id = 2",
-            database_of(url),
-        )
-        assert get(application, 2).json["first_name"] == "H\ufffdrry"
-        assert [user["first_name"] for user in call(application).json] == [
-            "First1",
-            "H\ufffdrry",
-            "First3",
-        ]
-        fields = {"email": "user2@example.com", "password": "x"}
-        assert call(application, "POST", "/users/verify/", fields=fields).status == 403
-        assert put(application, 3, "PATCH", {"first_name": "漢"}).status == 200
-        assert get(application, 3).json["first_name"] == "漢"
-        assert call(application, path="/users/", QUERY_STRING="q=H").status == 200
-
-
 # -- connections -----------------------------------------------------------------------
 
 
@@ -554,7 +706,8 @@ def logged_statements(server, url):
         yield statements
         server.execute("SET GLOBAL general_log = 0")
         rows = server.execute(
-            f"SELECT argument FROM mysql.general_log WHERE thread_id = {thread} ORDER BY event_time"
+            "SELECT argument FROM mysql.general_log "
+            f"WHERE thread_id = {thread} ORDER BY event_time"
         )
         statements += [
             argument.decode() if isinstance(argument, bytes) else argument for (argument,) in rows
@@ -701,6 +854,15 @@ def test_child_process_does_not_use_the_connections_of_its_parent(server, url, a
         ("mysql+asyncmy://app:h0rcrux@db/app", "asyncmy"),
         ("http://example.com/", "http://"),
         ("postgresql://app:h0rcrux@db:port/app", "invalid database URL"),
+        ("postgresql://app:h0rcrux@a:5432,b:5432/app", "?host=a,b&port=5432,5432"),
+        ("postgresql:/app:h0rcrux@db/app", "invalid database URL"),
+        ("postgresql:app:h0rcrux@db/app", "invalid database URL"),
+        ("mysql:/app:h0rcrux@db/app", "invalid database URL"),
+        ('mysql://app:h0rcrux@db/app?ssl={"rejectUnauthorized":true}', "write ssl_ca=FILE"),
+        ("mysql://app:h0rcrux@db/app?ssl=true", "write ssl_ca=FILE"),
+        ("mysql://app:h0rcrux@db/app?cursorclass=h0r", "option cursorclass"),
+        ("postgresql://app:h0rcrux@db/app?prepare_threshold=0", "option prepare_threshold"),
+        ("postgresql://app:h0rcrux@db/app?row_factory=h0r", "option row_factory"),
         ("://", "invalid database URL"),
     ],
 )
@@ -711,11 +873,31 @@ def test_invalid_url_is_rejected_without_its_password(url, named):
     assert error.value.__suppress_context__ or error.value.__context__ is None
 
 
-@pytest.mark.parametrize(("driver", "extra"), [("psycopg", "postgresql"), ("pymysql", "mysql")])
-def test_missing_driver_is_reported_with_the_extra_to_install(driver, extra, monkeypatch):
+@pytest.mark.parametrize(
+    ("driver", "scheme", "install"),
+    [
+        ("psycopg", "postgresql", 'pip install sqlalchemy "psycopg[binary]" for PostgreSQL'),
+        ("pymysql", "mysql", "pip install sqlalchemy pymysql for MySQL and MariaDB"),
+    ],
+)
+def test_missing_driver_is_reported_with_what_to_install(driver, scheme, install, monkeypatch):
     monkeypatch.setitem(sys.modules, driver, None)
-    with pytest.raises(ValueError, match=re.escape(f"pip install 'profiler-users[{extra}]'")):
-        profiler_sqlalchemy.create_app(f"{extra}://app@db/app")
+    with pytest.raises(ValueError, match=re.escape(install)):
+        profiler_sqlalchemy.create_app(f"{scheme}://app@db/app")
+
+
+def test_missing_sqlalchemy_is_reported_in_one_line(tmp_path):
+    missing = "No module named 'sqlalchemy'"
+    (tmp_path / "sqlalchemy.py").write_text(f'raise ImportError("{missing}")\n')
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
+    options = {"env": environ, "cwd": tmp_path, "capture_output": True, "text": True}
+    command = [sys.executable, "-m", "profiler_sqlalchemy", "--database", "postgresql://app@db/"]
+    output = subprocess.run(command, **options)
+    assert (output.returncode, output.stdout) == (1, "")
+    assert output.stderr.startswith(f"profiler: {missing}: pip install sqlalchemy ")
+    assert output.stderr.count("\n") == 1
+    output = subprocess.run([sys.executable, "-c", "import profiler_sqlalchemy"], **options)
+    assert output.stderr.splitlines()[-1].startswith(f"ImportError: {missing}: pip install ")
 
 
 @pytest.mark.parametrize(
@@ -727,9 +909,12 @@ def test_missing_driver_is_reported_with_the_extra_to_install(driver, extra, mon
         ),
         ("mariadb://app:h0rcrux@db.example:3307/app", "mysql://app@db.example:3307/app"),
         (
-            "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433&target_session_attrs=read-write",
-            "postgresql://app@/app on a:5432, b:5433",
+            "postgresql+psycopg://app:h0rcrux@/app?host=a:5432&host=b:5433"
+            "&target_session_attrs=read-write",
+            "postgresql://app@/app on a:5432,b:5433",
         ),
+        ("postgresql://app@/app?host=a,b&port=5432,5433", "postgresql://app@/app on a,b"),
+        ("postgresql://app@db.example/app\n", "postgresql://app@db.example/app"),
         ("postgresql:///app?host=/run/postgresql", "postgresql:///app on /run/postgresql"),
     ],
 )
@@ -775,9 +960,28 @@ def test_default_of_mariadb_is_switched_off_by_a_value(mariadb_server):
         )
 
 
+def test_statement_of_mariadb_ends_when_its_client_gives_up(mariadb_server):
+    url = mariadb_server.make_database() + "?read_timeout=1"
+    with make_app(url) as application:
+        with pytest.raises(profiler.Unavailable):
+            application.users._read("SELECT SLEEP(30)")
+        name = database_of(url)
+        running = f"SELECT 1 FROM information_schema.processlist WHERE db = '{name}'"
+        until(lambda: not mariadb_server.execute(f"{running} AND info LIKE '%SLEEP(30)%'"))
+        setting = application.users._read("SELECT @@max_statement_time")
+        assert setting == [(1,)]
+
+
+@pytest.mark.parametrize(("option", "seconds"), [("", 10), ("?read_timeout=86400", 86400)])
+def test_statement_timeout_of_mariadb_is_the_read_timeout(mariadb_server, option, seconds):
+    with make_app(mariadb_server.make_database() + option) as application:
+        assert application.users._read("SELECT @@max_statement_time") == [(seconds,)]
+
+
 def test_connect_timeout_is_shared_by_several_hosts():
-    def timeout(url):
-        return profiler_sqlalchemy._options(profiler_sqlalchemy._parse_url(url))["connect_timeout"]
+    def timeout(text):
+        url = profiler_sqlalchemy._add_options(profiler_sqlalchemy._parse_url(text))
+        return int(url.query["connect_timeout"])
 
     assert timeout("postgresql://a/app") == 5
     assert timeout("postgresql:///app?host=a&host=b&host=c") == 3
@@ -838,6 +1042,35 @@ def test_wrong_password_or_unknown_option_is_503(server, url):
             assert "Alohomora" not in answer.errors
 
 
+@pytest.mark.parametrize("password", ["ä", "漢\U0001f9d9", "s3cr/@: %2F+#?&=", "p"])
+@pytest.mark.parametrize("place", ["://odd:{}@{}", "://odd@{1}?password={0}"])
+def test_password_may_contain_any_characters(mariadb_server, password, place):
+    url = mariadb_server.make_database()
+    mariadb_server.execute(f"CREATE OR REPLACE USER odd IDENTIFIED BY '{password}'")
+    mariadb_server.execute(f"GRANT ALL ON {database_of(url)}.* TO odd")
+    address = url.partition("@")[2]
+    with make_app("mysql" + place.format(quote(password, safe=""), address)) as application:
+        assert call(application).status == 200
+
+
+def test_password_may_be_in_an_option_file(mariadb_server, tmp_path):
+    url = mariadb_server.make_database()
+    (tmp_path / "my.cnf").write_text(f"[client]\npassword={SECRET}\n")
+    with make_app(
+        f"{url.replace(f':{SECRET}', '')}?read_default_file={tmp_path}/my.cnf"
+    ) as application:
+        assert call(application).status == 200
+
+
+@pytest.mark.filterwarnings("ignore:.passwd. is deprecated")
+def test_characters_that_cannot_be_sent_are_not_logged(mariadb_server):
+    url = mariadb_server.make_database()
+    with make_app(f"{url.replace(f':{SECRET}', '')}?passwd=%E6%BC%A2") as application:
+        answer = call(application)
+    assert_unavailable(answer, "an option in the URL cannot be sent")
+    assert "6f22" not in answer.errors
+
+
 def test_malformed_option_file_is_reported_without_its_content(tmp_path):
     (tmp_path / "my.cnf").write_text("password=h0rcrux\n")
     with make_app(f"mysql://app@127.0.0.1/app?read_default_file={tmp_path}/my.cnf") as application:
@@ -882,13 +1115,16 @@ def fail(server, url, times):
         *(
             [
                 f"""CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF; RETURN new; END $$""",
-                'CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user" FOR EACH ROW EXECUTE FUNCTION fail()',
+                IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF;
+                RETURN new; END $$""",
+                """CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user"
+                FOR EACH ROW EXECUTE FUNCTION fail()""",
             ]
             if isinstance(server, PostgreSQL)
             else [
                 f"""CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON user FOR EACH ROW
-                IF nextval(failures) <= {times} THEN SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF"""
+                IF nextval(failures) <= {times} THEN
+                SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF"""
             ]
         ),
     ]
@@ -916,7 +1152,7 @@ def test_read_whose_connection_breaks_is_repeated_and_a_write_is_not(
         return "done"
 
     with contextlib.nullcontext() if is_read else pytest.raises(profiler.Unavailable):
-        assert application.users._attempt(work, is_read) == "done"
+        assert application.users._repeat(work, is_read) == "done"
     assert len(calls) == count
 
 
@@ -924,8 +1160,124 @@ def test_request_without_a_free_connection_is_503(url, monkeypatch):
     monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.05)
     with make_app(url) as busy, contextlib.ExitStack() as stack:
         for _ in range(profiler_sqlalchemy.POOL_SIZE):
-            stack.callback(busy.users._take(time.monotonic(), True).close)
+            assert busy.users._places.acquire()
+            stack.callback(busy.users._places.release)
         assert_unavailable(call(busy), "in use")
+
+
+def test_searches_leave_connections_to_other_requests(server, url, application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.2)
+    fill_table(server, url, 1, application)
+    with ThreadPoolExecutor(16) as threads, blocked_searches(monkeypatch) as running:
+
+        def search(_):
+            return call(application, QUERY_STRING="q=First")
+
+        searches = [threads.submit(search, number) for number in range(16)]
+        for _ in range(profiler_sqlalchemy.MAX_SEARCHES):
+            assert running.acquire(timeout=10)
+        for _ in range(10):
+            assert get(application).status == 200
+            assert call(application, path="/health/").status == 200
+        until(lambda: sum(search.done() for search in searches) == 14)
+        refused = [search.result() for search in searches if search.done()]
+    assert_unavailable(refused[0], "2 other searches are running")
+    assert sorted(search.result().status for search in searches) == [200] * 2 + [503] * 14
+
+
+def test_search_that_fails_makes_room_for_others(application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0)
+    application.users.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(application.users, "_run", lambda *_: 1 / 0)
+        for _ in range(2 * profiler_sqlalchemy.MAX_SEARCHES):
+            with pytest.raises(ZeroDivisionError):
+                application.users.page(10, text="x")
+    assert application.users.page(10, text="x") == (b"", None)
+
+
+@contextlib.contextmanager
+def blocked_searches(monkeypatch):
+    """Let no search end before the block does. Yield a semaphore that counts those that run."""
+    fetch, running, go_on = profiler_sqlalchemy._fetch, threading.Semaphore(0), threading.Event()
+
+    def fetch_slowly(cursor, statement, parameters=(), **options):
+        if "ESCAPE" in statement:
+            running.release()
+            assert go_on.wait(30)
+        return fetch(cursor, statement, parameters, **options)
+
+    monkeypatch.setattr(profiler_sqlalchemy, "_fetch", fetch_slowly)
+    try:
+        yield running
+    finally:
+        go_on.set()
+
+
+@pytest.fixture
+def limited_to_three(server, url):
+    """A URL whose account may have three connections, which is less than the pool may have."""
+    with make_app(url) as application:
+        fill_table(server, url, 20, application)
+    command, limit, unlimited = (
+        ("ALTER ROLE limited CONNECTION LIMIT", 3, -1)
+        if isinstance(server, PostgreSQL)
+        else ("ALTER USER limited WITH MAX_USER_CONNECTIONS", 3, 0)
+    )
+    limited = server.allow(url)
+    server.execute(f"{command} {limit}")
+    yield limited
+    server.execute(f"{command} {unlimited}")
+
+
+@contextlib.contextmanager
+def three_connections_in_use(application):
+    """Hold three connections in the block."""
+    running, go_on = threading.Semaphore(0), threading.Event()
+
+    def hold(cursor):
+        running.release()
+        assert go_on.wait(30)
+
+    application.users.count()
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(3):
+            threads.submit(application.users._run, hold, True)
+        try:
+            for _ in range(3):
+                assert running.acquire(timeout=20)
+            yield
+        finally:
+            go_on.set()
+
+
+def test_request_waits_for_another_one_if_the_server_allows_no_more_connections(
+    limited_to_three, monkeypatch
+):
+    monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 20)
+    with make_app(limited_to_three) as application, ThreadPoolExecutor(4) as threads:
+        with three_connections_in_use(application):
+            waiting = [threads.submit(get, application, number) for number in range(1, 5)]
+            time.sleep(0.3)
+            assert not any(answer.done() for answer in waiting)
+        answers = [answer.result() for answer in waiting]
+        assert {(answer.status, answer.errors) for answer in answers} == {(200, "")}
+
+
+def test_request_is_503_if_no_other_one_returns_its_connection_in_time(
+    limited_to_three, monkeypatch
+):
+    with make_app(limited_to_three) as application, three_connections_in_use(application):
+        monkeypatch.setattr(profiler_sqlalchemy, "POOL_TIMEOUT", 0.2)
+        assert_unavailable(get(application), "connections")
+
+
+def test_without_a_connection_of_its_own_a_request_is_503_at_once(postgresql_server):
+    url = postgresql_server.make_database("CONNECTION LIMIT 0")
+    with make_app(postgresql_server.url(database_of(url), "limited")) as limited:
+        begin = time.monotonic()
+        assert_unavailable(call(limited), "too many connections for database")
+        assert time.monotonic() - begin < profiler_sqlalchemy.POOL_TIMEOUT
 
 
 def test_exception_other_than_an_error_of_the_driver_returns_the_connection(application):
@@ -934,21 +1286,25 @@ def test_exception_other_than_an_error_of_the_driver_returns_the_connection(appl
 
     for _ in range(2 * profiler_sqlalchemy.POOL_SIZE):
         with pytest.raises(ZeroDivisionError):
-            application.users._attempt(work)
+            application.users._repeat(work)
     assert call(application).status == 200
 
 
 def test_email_taken_after_the_look_up_is_400(application, monkeypatch):
     """The unique key decides. The message of the server contains the email."""
-    insert = lambda password, **fields: application.users.insert(**fields, password_hash=password)  # noqa: E731
-    monkeypatch.setattr(application.users, "create", insert)
     assert post(application).status == 201
-    answer = post(application, user(email="HARRY@example.com"))
-    assert (answer.status, answer.error, answer.errors) == (
-        400,
-        "This email is already registered",
-        "",
-    )
+    hash_password = profiler.hash_password
+
+    def rename_ron(*arguments):
+        application.users.update(2, {"email": "LUNA@example.com"})
+        return hash_password(*arguments)
+
+    assert post(application, json.dumps(RON).encode()).status == 201
+    monkeypatch.setattr(profiler, "hash_password", rename_ron)
+    answer = post(application, user(email="luna@example.com"))
+    assert answer.status == 400
+    assert answer.error == "This email is already registered"
+    assert answer.errors == ""
 
 
 def test_duplicate_of_another_unique_column_is_503_with_a_log_line(server, url, application):
@@ -993,7 +1349,7 @@ def test_lost_prepared_statements_are_prepared_again(postgresql_server):
         post(application)
         for _ in range(10):
             assert get(application).status == 200
-        application.users._attempt(
+        application.users._repeat(
             lambda cursor: cursor.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")
         )
         assert get(application).status == 200
@@ -1032,6 +1388,244 @@ def test_guard_that_raises_leaves_the_user_unchanged(server, url, application):
             change(lambda current: 1 / 0)
     assert b'"First1"' in application.users.get(1)
     assert application.users.get_password_hash(1) == "x"
+
+
+# -- wrong passwords -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gunicorn(url, workers):
+    """Run gunicorn with so many processes. Yield a function that sends a password for an
+    email, and returns the status."""
+    pytest.importorskip("gunicorn")
+    port = servers.free_port()
+    settings = {"PROFILER_DATABASE": url, "PROFILER_ITERATIONS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-m", "gunicorn", "--preload", "--log-level", "warning"]
+    command += ["-w", str(workers), "--threads", "4", "--bind", f"127.0.0.1:{port}"]
+
+    def verify(email, password="wrong"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            body = json.dumps({"email": email, "password": password})
+            connection.request(
+                "POST", "/users/verify/", body, {"Content-Type": "application/json"}
+            )
+            return connection.getresponse().status
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return verify("nobody@example.com", "")
+
+    with subprocess.Popen(
+        [*command, "profiler_sqlalchemy:application"], env={**os.environ, **settings}
+    ) as process:
+        try:
+            servers.until(answers, 60, 0.1)
+            yield verify
+        finally:
+            process.terminate()
+
+
+def test_processes_share_the_limit_of_wrong_passwords(server, url, application, advance):
+    """10 guesses, and then one a minute, for an email that is known and for one that is not."""
+    post(application)
+    cores = profiler.count_cores()
+    with gunicorn(url, workers=8) as verify, ThreadPoolExecutor(64) as threads:
+
+        def guess(email, count):
+            return sorted(threads.map(verify, [email] * count))
+
+        for email in ("harry@example.com", "ron@example.com"):
+            assert [verify(email) for _ in range(11)] == [403] * 10 + [429]
+            assert guess(email, 64) == [429] * 64
+            advance(61)
+            assert guess(email, 64) == [403] + [429] * 63
+        # Several processes may begin before the first wrong password is counted. This
+        # machine's cores bound how many hash at the same time in each.
+        guesses = guess("luna@example.com", 64)
+        assert 10 <= guesses.count(403) < 10 + 8 * cores
+        application.accounts.reset_password(1, "5678")
+        assert verify("harry@example.com", "5678") == 200
+
+
+def test_wrong_passwords_at_once_exceed_the_limit_by_the_number_of_cores_at_most(application):
+    """Those that begin before the first one is counted."""
+    post(application)
+
+    def guess(number):
+        fields = {"email": "harry@example.com", "password": "wrong"}
+        return call(application, "POST", "/users/verify/", fields=fields).status
+
+    with ThreadPoolExecutor(64) as threads:
+        statuses = list(threads.map(guess, range(64)))
+    assert statuses.count(403) + statuses.count(429) == 64
+    assert 10 <= statuses.count(403) < 10 + profiler.count_cores()
+
+
+def verify(application, password="1234", email="harry@example.com"):
+    fields = {"email": email, "password": password}
+    return call(application, "POST", "/users/verify/", fields=fields)
+
+
+def test_right_password_reads_only_and_a_wrong_one_is_one_write(server, logged):
+    with make_app(logged) as application:
+        assert post(application).status == 201
+        verify(application)
+        with logged_statements(server, logged) as statements:
+            assert verify(application).status == 200
+            assert verify(application, "wrong").status == 403
+            assert verify(application, "wrong").status == 403
+    words = [statement.split()[0] for statement in statements]
+    right, first_wrong, second_wrong = words[:3], words[3:6], words[6:]
+    assert right == ["SELECT"] * 3
+    assert first_wrong == ["SELECT", "SELECT", "INSERT"]
+    assert second_wrong == ["SELECT", "SELECT", "UPDATE"]
+
+
+def test_wrong_passwords_are_found_by_the_primary_key(postgresql_server, mariadb_server):
+    for server, key in ((postgresql_server, "profiler_failure_pkey"), (mariadb_server, "PRIMARY")):
+        url = server.make_database()
+        with make_app(url) as application:
+            failures = application.users.failures
+            failures.get(1)
+            values = ", ".join(f"('{number}', 1, 9e9)" for number in range(3000))
+            server.execute(f"INSERT INTO profiler_failure VALUES {values}", database_of(url))
+            server.execute(
+                f"ANALYZE {'TABLE' * (key == 'PRIMARY')} profiler_failure", database_of(url)
+            )
+            select = failures._select.replace("%s", "'7'")
+            plan = server.execute(f"EXPLAIN {select}", database_of(url))
+            assert key in str(plan)
+
+
+def test_old_wrong_passwords_are_forgotten_and_deleted(
+    server, url, application, advance, monkeypatch
+):
+    monkeypatch.setattr(profiler_sqlalchemy, "FORGET_EVERY", 10**9)
+    failures = application.users.failures
+    for account in (1, 1, 2, 3):
+        failures.add(account)
+    advance(599)
+    assert failures.get(1)[0] == 2
+    advance(2)
+    assert failures.get(1)[0] == 0
+    assert failures.add(1)
+    assert failures.get(1)[0] == 1
+    monkeypatch.setattr(profiler_sqlalchemy, "FORGET_EVERY", 1)
+    assert failures.add(4)
+    rows = server.execute("SELECT count(*) FROM profiler_failure", database_of(url))
+    assert rows == [(2,)]
+
+
+def test_count_is_changed_only_if_it_is_the_expected_one(application):
+    failures = application.users.failures
+    assert failures.add(b"a@x")
+    assert failures.add(b"a@x", expected=1)
+    assert not failures.add(b"a@x", expected=1)
+    count, elapsed = failures.get(b"a@x")
+    assert count == 2
+    assert 0 <= elapsed < 10
+    failures.clear(b"a@x")
+    assert failures.get(b"a@x")[0] == 0
+
+
+def test_new_table_has_no_wrong_passwords(application):
+    """Its ids begin at 1 again."""
+    post(application)
+    for _ in range(11):
+        verify(application, "wrong")
+    application.users.initialise(force=True)
+    post(application)
+    assert verify(application).status == 200
+
+
+def assert_limited(application, email="harry@example.com"):
+    statuses = [verify(application, "wrong", email).status for _ in range(12)]
+    assert statuses == [403] * 10 + [429] * 2
+
+
+def test_without_the_right_to_create_its_table_wrong_passwords_are_counted_in_memory(
+    server, url, application, caplog
+):
+    """One line in the log says so."""
+    post(application)
+    assert caplog.records == []
+    with make_app(server.allow(url)) as limited:
+        assert_limited(limited)
+        assert verify(limited, "wrong", "ron@example.com").status == 403
+    [record] = caplog.records
+    message = record.getMessage()
+    assert message.startswith("profiler: each process counts wrong passwords by itself: ")
+    assert "denied" in message
+    assert "\n" not in message
+    # Others still count in the table.
+    assert verify(application).status == 200
+
+
+def test_table_of_wrong_passwords_may_be_created_later(server, url, application, monkeypatch):
+    monkeypatch.setattr(profiler_sqlalchemy, "RETRY_FAILURES", 0)
+    post(application)
+    with make_app(server.allow(url)) as limited:
+        for _ in range(5):
+            verify(limited, "wrong")
+        application.users.failures.get(1)
+        server.execute(
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON "
+            + ("" if isinstance(server, PostgreSQL) else f"{database_of(url)}.")
+            + "profiler_failure TO limited",
+            database_of(url),
+        )
+        assert_limited(limited)
+    assert application.users.failures.get(1)[0] == 10
+
+
+def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
+    server, url, application, caplog
+):
+    post(application)
+    application.users.failures.get(1)
+    if isinstance(server, PostgreSQL):
+        name = database_of(url)
+        server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    else:
+        server.allow(url)
+        server.execute(f"GRANT SELECT ON {database_of(url)}.profiler_failure TO limited")
+        url = server.url(database_of(url), "limited")
+        server.execute("SET GLOBAL read_only = 1")
+    try:
+        with make_app(url) as replica:
+            assert verify(replica).status == 200
+            assert_limited(replica)
+            [record] = caplog.records
+            assert "read" in record.getMessage() or "denied" in record.getMessage()
+    finally:
+        if isinstance(server, PostgreSQL):
+            server.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        else:
+            server.execute("SET GLOBAL read_only = 0")
+
+
+def test_wrong_password_that_cannot_be_stored_is_counted_in_memory(application, monkeypatch):
+    """For example because the disk is full. Otherwise guessing would be free."""
+    post(application)
+    verify(application, "wrong")
+    change = profiler_sqlalchemy._change
+
+    def change_in_vain(cursor, statement, parameters=()):
+        if "profiler_failure" in statement:
+            raise profiler.Unavailable("No space left on device")
+        return change(cursor, statement, parameters)
+
+    monkeypatch.setattr(profiler_sqlalchemy, "_change", change_in_vain)
+    statuses = [verify(application, "wrong").status for _ in range(12)]
+    assert statuses == [403] * 10 + [429] * 2
+
+
+def test_wrong_passwords_are_limited_through_a_pooler(pooled_url):
+    with make_app(pooled_url) as one, make_app(pooled_url) as other:
+        post(one)
+        statuses = [verify(app, "wrong").status for app in [one, other] * 6]
+    assert statuses == [403] * 10 + [429] * 2
 
 
 # -- timeouts --------------------------------------------------------------------------
@@ -1254,9 +1848,12 @@ class Pgpool(servers.PostgreSQLProtocol):
     def create(self):
         settings = {
             "listen_addresses": "127.0.0.1", "port": self.port, "pcp_port": servers.free_port(),
-            "pcp_listen_addresses": "", "unix_socket_directories": self.folder, "socket_dir": self.folder,
-            "pcp_socket_dir": self.folder, "backend_clustering_mode": self.mode, "backend_hostname0": "127.0.0.1",
-            "backend_port0": self.server.port, "allow_clear_text_frontend_auth": "on", "num_init_children": 20,
+            "pcp_listen_addresses": "", "unix_socket_directories": self.folder,
+            "socket_dir": self.folder,
+            "pcp_socket_dir": self.folder, "backend_clustering_mode": self.mode,
+            "backend_hostname0": "127.0.0.1",
+            "backend_port0": self.server.port, "allow_clear_text_frontend_auth": "on",
+            "num_init_children": 20,
             "pid_file_name": self.folder / "pid", "logdir": self.folder, "sr_check_period": 0,
         }  # fmt: skip
         self.write(
@@ -1330,7 +1927,8 @@ def certificates(tmp_path_factory):
     )
     (folder / "extensions").write_text("subjectAltName = IP:127.0.0.1\n")
     openssl(
-        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+        folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+        "-CAcreateserial",
         "-out", "server.pem", "-extfile", "extensions",
     )  # fmt: skip
     return folder
@@ -1377,7 +1975,9 @@ def test_mariadb_is_used_only_with_a_verified_certificate_and_name(certificates)
 
 # -- copy ------------------------------------------------------------------------------
 
-ROWS = 'SELECT id, first_name, last_name, email, CAST(password AS TEXT), created_on FROM "user" ORDER BY id'
+ROWS = """
+SELECT id, first_name, last_name, email, CAST(password AS TEXT), created_on FROM "user" ORDER BY id
+"""
 
 
 def copy(*arguments):
@@ -1396,11 +1996,11 @@ def filled(path):
     execute(path, 'DELETE FROM "user" WHERE id IN (7, 2499, 2500)')
     execute(
         path,
-        "UPDATE \"user\" SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id",
+        "UPDATE user SET created_on = datetime(1e9 + id, 'unixepoch'), password = 'hash' || id",
     )
     execute(
         path,
-        "UPDATE \"user\" SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8",
+        "UPDATE user SET first_name = '\U0001f9d9 ', email = 'Étienne@Example.com' WHERE id = 8",
     )
     return path
 
@@ -1422,7 +2022,7 @@ def test_rows_are_copied_in_batches(filled, url, monkeypatch):
     """Statements for each row would take 15 times as long."""
     batches = []
     monkeypatch.setattr(
-        profiler_sqlalchemy._Side, "check", lambda side, rows: batches.append(len(rows))
+        profiler_sqlalchemy._Database, "check", lambda side, rows: batches.append(len(rows))
     )
     assert copy(filled, url) is None
     assert batches == [1000, 1000, 497]
@@ -1570,32 +2170,39 @@ def test_table_without_autoincrement_is_copied(path, url, application):
     assert post(application).json == {"id": 8}
 
 
-def test_source_that_changes_during_the_copy_is_not_copied(filled, url, application, monkeypatch):
-    copy_rows = profiler_sqlalchemy._copy_rows
+@pytest.fixture
+def after_the_last_batch(monkeypatch):
+    """A function that sets what happens once all rows were copied, before the commit."""
+    check = profiler_sqlalchemy._Database.check
 
-    def copy_slowly(*arguments):
-        copied = copy_rows(*arguments)
-        execute(
-            filled,
-            "INSERT INTO \"user\" (first_name, last_name, email, password) VALUES ('a', 'b', 'c@d', 'x')",
-        )
-        return copied
+    def patch(function):
+        def check_and_call(side, rows):
+            check(side, rows)
+            if len(rows) < 1000:
+                function()
 
-    monkeypatch.setattr(profiler_sqlalchemy, "_copy_rows", copy_slowly)
+        monkeypatch.setattr(profiler_sqlalchemy._Database, "check", check_and_call)
+
+    return patch
+
+
+def test_source_that_changes_during_the_copy_is_not_copied(
+    filled, url, application, after_the_last_batch
+):
+    insert = 'INSERT INTO "user" (first_name, last_name, email, password)'
+    after_the_last_batch(lambda: execute(filled, f"{insert} VALUES ('a', 'b', 'c@d', 'x')"))
     assert "has changed meanwhile" in copy(filled, url)
     assert application.users.count() == 0
 
 
-def test_server_lost_during_the_copy_is_left_without_users(filled, server, url, monkeypatch):
-    copy_rows = profiler_sqlalchemy._copy_rows
-
-    def copy_in_vain(*arguments):
-        copied = copy_rows(*arguments)
+def test_server_lost_during_the_copy_is_left_without_users(
+    filled, server, url, after_the_last_batch
+):
+    def restart():
         server.stop()
         server.start()
-        return copied
 
-    monkeypatch.setattr(profiler_sqlalchemy, "_copy_rows", copy_in_vain)
+    after_the_last_batch(restart)
     error = copy(filled, url)
     assert error.startswith("profiler: ")
     assert "\n" not in error
@@ -1639,30 +2246,6 @@ def test_copy_from_a_database_without_a_table_fails(mariadb_server, tmp_path):
         with pytest.raises(SystemExit, match="has no table of users"):
             profiler_sqlalchemy.main(["copy", url, str(target)])
     assert not target.exists()
-
-
-def test_progress_is_shown_on_a_terminal(filled, mariadb_server):
-    main, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [
-        sys.executable,
-        "-m",
-        "profiler_sqlalchemy",
-        "copy",
-        str(filled),
-        mariadb_server.make_database(),
-    ]
-    with subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=terminal
-    ) as process:
-        os.close(terminal)
-        shown = b""
-        with contextlib.suppress(OSError):  # at its end
-            while chunk := os.read(main, 1000):
-                shown += chunk
-        os.close(main)
-    assert process.returncode == 0
-    assert b"2497/2497" in shown
 
 
 # -- command line ----------------------------------------------------------------------
@@ -1745,7 +2328,10 @@ def test_invalid_url_exits_with_2(tmp_path):
 
 
 def test_profiler_imports_nothing_of_sqlalchemy_and_names_the_other_command(tmp_path):
-    program = "import profiler, sys; profiler.create_app('db').users.count(); print('sqlalchemy' in sys.modules)"
+    program = (
+        "import profiler, sys; profiler.create_app('db').users.count(); "
+        "print('sqlalchemy' in sys.modules)"
+    )
     environ = {**os.environ, "PYTHONPATH": str(HERE)}
     options = {"env": environ, "cwd": tmp_path, "capture_output": True, "text": True}
     assert subprocess.run([sys.executable, "-c", program], **options).stdout == "False\n"
