@@ -48,6 +48,12 @@ CREATE TABLE user (
 """
 
 
+def pytest_make_parametrize_id(val):
+    """Shorten long ids. pytest puts them into an environment variable, which Windows limits."""
+    is_long = isinstance(val, (str, bytes)) and len(val) > 1000
+    return f"{val[:20]!r}..." if is_long else None
+
+
 def not_on_windows(reason):
     """Skip a test on Windows, which does or lacks something."""
     return pytest.mark.skipif(os.name == "nt", reason=f"Windows {reason}")

@@ -171,9 +171,8 @@ def test_chunked_body_not_decoded_by_the_server_returns_411(application):
         (b"\xef\xbb\xbf\xef\xbb\xbf{}", "must be JSON"),
         (b'{"first_name": "H\xe9"}', "UTF-8"),
         (BODY.decode().encode("utf-16"), "UTF-8"),
-        # pytest puts the id of a test into an environment variable.
-        pytest.param(b"[" * 60_000, "brackets", id="arrays"),
-        pytest.param(b'{"a":' * 12_000, "brackets", id="objects"),
+        (b"[" * 60_000, "brackets"),
+        (b'{"a":' * 12_000, "brackets"),
         (b"[]", "object"),
         (b'"Harry"', "object"),
         (b"null", "object"),
