@@ -1627,14 +1627,13 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     Its parameters are limit, after, sort, email and q.
     """
     query = parse_query(environ)
-    selection = parse_selection(query)
-    page, last = accounts.users.page(**selection)
+    limit, after, descending, email, text = parse_selection(query)
+    page, last = accounts.users.page(limit, after, descending, email, text)
     if last is None:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
-    if "limit" not in query and not selection["text"]:
-        rest = _stream_users(accounts.users, page, last, selection["descending"])
-        return 200, rest, (JSON_TYPE,)
-    following: dict[str, object] = {"limit": selection["limit"], "after": last}
+    if "limit" not in query and not text:
+        return 200, _stream_users(accounts.users, page, last, descending), (JSON_TYPE,)
+    following: dict[str, object] = {"limit": limit, "after": last}
     following.update((name, query[name]) for name in ("sort", "email", "q") if name in query)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
@@ -1730,7 +1729,7 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
 NEEDS_NO_TOKEN = re.compile("/health/?|/?|/openapi[.]json")
 
 
-def parse_selection(query: Mapping[str, str]) -> dict[str, Any]:
+def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
     """Return the arguments of Storage.page for a query. Raise HTTPError: 400, InvalidField."""
     email = check_text("email", query["email"]) if "email" in query else None
     text = check_field("q", query.get("q", ""))
@@ -1746,13 +1745,7 @@ def parse_selection(query: Mapping[str, str]) -> dict[str, Any]:
     sort = query.get("sort", "id")
     if sort not in ("id", "-id"):
         raise HTTPError(400, "sort must be id or -id")
-    return {
-        "limit": limit,
-        "after": after,
-        "descending": sort == "-id",
-        "email": email,
-        "text": text,
-    }
+    return limit, after, sort == "-id", email, text
 
 
 def is_long_read(environ: WSGIEnvironment) -> bool:
@@ -1760,11 +1753,10 @@ def is_long_read(environ: WSGIEnvironment) -> bool:
     if not environ["QUERY_STRING"] or not LIST.fullmatch(environ["PATH_INFO"]):
         return False
     try:
-        selection = parse_selection(parse_query(environ))
+        limit, _, _, email, text = parse_selection(parse_query(environ))
     except (HTTPError, InvalidField):
         return False
-    is_search = selection["email"] is not None or selection["text"] != ""
-    return is_search or selection["limit"] > SHORT_PAGE
+    return limit > SHORT_PAGE or email is not None or text != ""
 
 
 def _stream_users(

@@ -934,7 +934,7 @@ def test_sections_are_those_of_the_module():
         ("docs/api.md", f"every {profiler.SEND_TIMEOUT:.0f} seconds"),
         ("docs/design.md", f"batches of {profiler.BATCH}"),
         ("docs/design.md", f"Up to {profiler.WORKERS} workers"),
-        ("docs/design.md", f"pages of more than {profiler.BATCH} users"),
+        ("docs/design.md", f"pages of more than {profiler.SHORT_PAGE} users"),
         ("docs/design.md", f"A response of {profiler.RECEIVE_SIZE // 1024} KiB or more is sent"),
         ("docs/design.md", f"a writer's lock, up to {profiler.BUSY_TIMEOUT:.0f} seconds"),
     ],
