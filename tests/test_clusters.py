@@ -20,6 +20,7 @@ import servers
 from conftest import HARRY, ITERATIONS, call, post
 from servers import database_of
 
+import profiler
 import profiler_sqlalchemy
 
 pytestmark = pytest.mark.cluster
@@ -142,6 +143,25 @@ def test_user_can_be_updated_on_two_nodes_at_once(galera):
             statuses = list(threads.map(change, range(180)))
     assert statuses.count(200) > 170
     assert set(statuses) <= {200, 503}
+
+
+def test_nodes_share_the_limit_of_wrong_passwords(galera):
+    url = galera[0].make_database()
+    with make_app(url) as one, make_app(galera[1].url(database_of(url))) as two:
+        assert create(one, "harry@example.com").status == 201
+        for application in (one, two):
+            application.users.failures.get(1)
+
+        def guess(application):
+            fields = {"email": "harry@example.com", "password": "wrong"}
+            return call(application, "POST", "/users/verify/", fields=fields).status
+
+        with ThreadPoolExecutor(16) as threads:
+            statuses = list(threads.map(guess, [one, two] * 40))
+        assert [guess(one), guess(two)] == [429, 429]
+    assert set(statuses) == {403, 429}
+    # Each process may begin one for each core before the first is counted.
+    assert 10 <= statuses.count(403) < 10 + 2 * profiler.count_cores()
 
 
 def test_killed_node_of_galera_loses_no_acknowledged_user(galera):
