@@ -361,7 +361,7 @@ class Database:
         """
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: a database in memory would be lost")
-        if "://" in path:
+        if re.match("[a-z+]{2,}:/", path):
             raise ValueError(
                 "a database URL needs `python -m profiler_sqlalchemy` or "
                 "profiler_sqlalchemy:application"

@@ -104,7 +104,7 @@ def test_database_in_memory_raises_valueerror(name):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://app:secret@localhost/app", "mysql://localhost", "sqlite:///x"]
+    "url", ["postgresql://app:secret@localhost/app", "postgresql:/app:secret@h/d", "sqlite:///x"]
 )
 def test_url_raises_valueerror_naming_profiler_sqlalchemy(url):
     with pytest.raises(ValueError, match="profiler_sqlalchemy") as caught:
