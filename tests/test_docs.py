@@ -903,6 +903,31 @@ def test_sections_are_those_of_the_module():
     assert rows[1:] == re.findall("^# -- (.+?) -+$", SOURCE, re.MULTILINE)
 
 
+SQL = r"\b(SELECT|INSERT|UPDATE|DELETE) |\.execute"
+HTTP = r"HTTPError|HTTP_|\benviron\[|WSGI|REQUEST_METHOD"
+IGNORANCE = {
+    "passwords": f"{SQL}|{HTTP}|socket",
+    "database": f"{HTTP}|selector|socket|first_name|email|EmailTaken|NoSuchUser",
+    "users": f"{HTTP}|selector|socket",
+    "accounts": f"{SQL}|{HTTP}|selector|socket|sqlite3",
+    "HTTP": f"{SQL}|sqlite3|selector|socket",
+    "endpoints": f"{SQL}|sqlite3|selector|socket",
+    "application": f"{SQL}|sqlite3|selector|socket",
+    "server: parsing": f"{SQL}|sqlite3|selector|socket|accounts",
+    "server: connections": f"{SQL}|sqlite3|accounts|[uU]sers",
+}
+
+
+@pytest.mark.parametrize("name", IGNORANCE)
+def test_section_does_not_know_what_is_not_its_business(name):
+    """The third column of the table in docs/design.md."""
+    parts = re.split("^# -- (.+?) -+\n", SOURCE, flags=re.MULTILINE)
+    code = dict(zip(parts[1::2], parts[2::2]))[name]
+    code = re.sub(r'(?m)^ *("""(.|\n)*?"""|#.*)$|  # .*$', "", code)
+    assert len(code) > 1000
+    assert [match[0] for match in re.finditer(IGNORANCE[name], code)] == []
+
+
 @pytest.mark.parametrize(
     ("name", "statement"),
     [

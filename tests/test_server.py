@@ -833,7 +833,24 @@ class OutOfFiles:
 
 
 def test_accept_does_not_block_if_the_client_has_gone(server):
-    assert not server.socket.getblocking()
+    """The connection can be gone between the event and accept()."""
+
+    class Gone:
+        """A listening socket of the same kind, whose next client has gone."""
+
+        def accept(self):
+            server.socket = listener
+            return nobody.accept()
+
+    with connected(server) as first, contextlib.closing(socket.socket()) as nobody:
+        assert ask(first).status == 200
+        nobody.bind(("127.0.0.1", 0))
+        nobody.listen()
+        nobody.setblocking(server.socket.getblocking())
+        listener, server.socket = server.socket, Gone()
+        with connected(server) as second:
+            assert ask(first).status == ask(second).status == 200
+            assert server.socket is listener
 
 
 def test_new_clients_do_not_wait_for_a_client_that_pipelines(application):
@@ -1016,6 +1033,18 @@ def test_pipelined_requests_do_not_hold_up_others(application):
         assert {response.status for response in answers(greedy, *["GET"] * 500)} == {404}
     assert gate.paths.count("/greedy") == 500
     assert gate.paths.index("/other") - gate.paths.index("/gate") <= 3
+
+
+def test_logins_that_wait_for_a_core_leave_workers_for_writes(one_core_server, slow_hash):
+    with contextlib.ExitStack() as stack:
+        logins = [stack.enter_context(connected(one_core_server)) for _ in range(300)]
+        for number, connection in enumerate(logins):
+            body = BODY.replace(b"harry", b"h%d" % number)
+            connection.sendall(POST_HEAD % len(body) + body)
+        assert slow_hash.started.acquire(timeout=10)
+        writer = stack.enter_context(connected(one_core_server))
+        assert ask(writer, DELETE).status == 204
+        slow_hash.go_on.set()
 
 
 def test_hashing_does_not_hold_up_reads(server, slow_hash):

@@ -305,11 +305,6 @@ def test_initialise_of_an_empty_table_does_not_reuse_ids(users):
     assert users.insert("H", "P", EMAIL, "x") == 2
 
 
-def test_create_if_missing_creates_the_table(users, path):
-    users.count()
-    assert execute(path, 'SELECT count(*) FROM "user"') == [(0,)]
-
-
 # -- hashing ---------------------------------------------------------------------------
 
 
@@ -425,10 +420,6 @@ def test_request_that_waits_too_long_for_a_core_returns_503(
         "1",
         1,
     )
-
-
-def test_requests_that_wait_for_a_core_leave_workers_of_the_server_free():
-    assert profiler.MAX_HASHING <= profiler.WORKERS // 2
 
 
 def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash, monkeypatch):
