@@ -335,6 +335,8 @@ def follow_story(browser, mailbox):
     assert harry.get("/me") == 401
 
     harry = log_in(browser, "changed")
+    # Without an email, nobody gets a mail: the only one is read below.
+    browser().post("/forgot", other="x")
     answers = [browser().request("/forgot", {"email": name + "@example.com"}) for name in "xy"]
     answers += [browser().request("/forgot", {"email": "HARRY@example.com"})]
     assert len({(status, text) for status, _, text in answers}) == 1
