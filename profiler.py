@@ -103,8 +103,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-BATCH = 500  # users read at once for a long list, or on a page of a search
-SHORT_PAGE = 100  # users that are read without waiting; a list begins with so many
+SHORT_PAGE = 100  # users on a page that need not wait, and in the first part of a list
+BATCH = 500  # users in each further part of a list, and on a page of a search
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -294,7 +294,7 @@ _fork_listeners: WeakSet[Any] = WeakSet()
 def call_at_fork(instance: object) -> None:
     """Call methods of an object at each fork of this process, while the object exists.
 
-    They are before_fork, after_fork_in_parent and after_fork_in_child, those that it has.
+    It calls before_fork, after_fork_in_parent and after_fork_in_child, where defined.
     """
     _fork_listeners.add(instance)
 
@@ -361,7 +361,7 @@ class Database:
         """
         if not path or path == ":memory:":
             raise ValueError("the database must be a file: a database in memory would be lost")
-        if re.match("[a-z+]{2,}:/", path):
+        if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", path):
             raise ValueError(
                 "a database URL needs `python -m profiler_sqlalchemy` or "
                 "profiler_sqlalchemy:application"
@@ -570,8 +570,8 @@ class Database:
     def _set_journal_mode(self, connection: sqlite3.Connection) -> None:
         """Switch to WAL mode, where readers and a writer do not wait for each other."""
         if not _can_map_files(os.path.dirname(self.location)):
-            # Without mapped files SQLite cannot use WAL mode. It can still end WAL mode while
-            # it has an exclusive lock (sqlite.org/wal.html, 8). The next read releases the lock.
+            # Without mapped files SQLite cannot use WAL mode. To end WAL mode there, take an
+            # exclusive lock first (sqlite.org/wal.html, 8). The next read releases the lock.
             _execute(connection, "PRAGMA locking_mode = EXCLUSIVE").fetchall()
             _execute(connection, "PRAGMA journal_mode = DELETE").fetchall()
             _execute(connection, "PRAGMA locking_mode = NORMAL").fetchall()
@@ -681,7 +681,7 @@ def _identify(path: str) -> tuple[int, int] | None:
 def _can_map_files(folder: str) -> bool:
     """Return False if files in a folder cannot be mapped into memory.
 
-    So it is on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders.
+    This happens on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders.
     """
     path = os.path.join(folder, f".{os.urandom(8).hex()}.profiler")
     is_refused = False
@@ -780,7 +780,7 @@ class Storage(Protocol):
 
         The second value is the `after` of the next page, or None on the last page.
 
-        :param after: the id before the page
+        :param after: start after this id
         :param email: return only the user with this email
         :param text: return only users whose names or email contain this text, ignoring the
             case of ASCII letters
@@ -832,8 +832,8 @@ class Failures:
     An account is the id of a user, or the digest of an unknown email.
     """
 
-    # False where counting is so dear that a right password must not be counted: then the
-    # first wrong one of an account is counted after its hash.
+    # False if counting is expensive, such as a write to a database. Then the first failure of
+    # an account is counted after its hash, so that a right password writes nothing.
     counts_first_attempt = True
 
     def __init__(self) -> None:
@@ -1148,7 +1148,7 @@ def is_blank(value: object) -> bool:
 
 
 def check_text(name: str, value: object) -> str:
-    """Return the value of a field if it can be compared with others. Raise InvalidField."""
+    """Return the value of a field if the storage can search for it. Raise InvalidField."""
     if not isinstance(value, str):
         problem = "must be a string"
     elif _SURROGATE.search(value):
@@ -1372,7 +1372,7 @@ class Accounts:
         """Count an attempt as a failure before the hash is computed. Raise TooManyAttempts.
 
         Otherwise a hundred concurrent attempts would all see a count below the limit. Return
-        False if this is to be done afterwards.
+        False if nothing was counted: then the caller must count a failure.
         """
         failures = self.users.failures
         while True:
@@ -1465,7 +1465,7 @@ def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[by
     if isinstance(body, bytes):
         length = ("Content-Length", f"{len(body)}")
         return _STATUSES[status], [*_HEADERS, *extra, length], (body,)
-    # hypercorn sends the head only with the first part.
+    # Send one empty part. Without any, hypercorn never sends the head.
     return _STATUSES[status], [*_HEADERS, *extra], body or (b"",)
 
 
@@ -2015,7 +2015,7 @@ _TRAILERS = re.compile(rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode())
 _TRAILERS_END = re.compile(rb"(\A|\n)\r?\n")
 # RFC 9112 7.1. Extensions are ignored.
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-# Bare LFs match, too, so that parse_head rejects them at once.
+# Bare LFs end a head, too, so that parse_head rejects them without waiting for more.
 HEAD_END = re.compile(rb"\n\r?\n")
 
 
@@ -2287,7 +2287,7 @@ class Server(WSGIServer):
         while not self.stopping:
             self._serve_round()
         # Clients whose connection waits to be accepted may have sent a request, too.
-        self._accept(self.request_queue_size)
+        self._accept(limit=self.request_queue_size)
         self.selector.unregister(self.socket)
         self.socket.close()
         now = time.monotonic()
@@ -2332,7 +2332,7 @@ class Server(WSGIServer):
             with contextlib.suppress(OSError):
                 self._waker.send(b"\0")
 
-    def _resume_finished(self) -> None:
+    def _resume_finished(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(RECEIVE_SIZE)
         while not self._finished.empty():
@@ -2355,8 +2355,8 @@ class Server(WSGIServer):
 
     def _handle_events(self, timeout: float) -> None:
         """Resume the connections that have an event, then those whose turn it is."""
-        for number, (key, _) in enumerate(self.selector.select(timeout), 1):
-            key.data()
+        for number, (key, events) in enumerate(self.selector.select(timeout), 1):
+            key.data(events)
             if number % SENT_TOGETHER == 0:
                 self._resume_ready()
         self._resume_ready()
@@ -2367,7 +2367,7 @@ class Server(WSGIServer):
         for connection in ready:
             connection.resume()
 
-    def _accept(self, limit: int = ACCEPTS) -> None:
+    def _accept(self, events: int = READ, limit: int = ACCEPTS) -> None:
         """Accept connections. At the limit of connections, close others for them."""
         for _ in range(limit):
             try:
@@ -2394,7 +2394,7 @@ class Server(WSGIServer):
         If none is idle, close the one that waits for its client and is nearest to its
         deadline. Of thousands, close one in a thousand, so that the search is rare.
         """
-        victims = [each for each, _ in zip(self.idle, range(1))]
+        victims = list(self.idle)[:1]
         if not victims:
             waiting = [each for each in self.connections if each.deadline < math.inf]
             count = 1 + self.max_connections // 1000
@@ -2426,11 +2426,14 @@ class Connection:
         self.head = b""
         self.is_last = False
         self.deadline = math.inf
+        # The event that the connection waits for, and those that the selector watches.
+        self._wanted = NOTHING
         self._events = NOTHING
         self._steps = self._serve()
 
     def resume(self, result: object = None) -> None:
         """Continue until the next wait, with the result of the last one, or its exception."""
+        self._wanted = NOTHING
         try:
             if isinstance(result, Exception):
                 wanted = self._steps.throw(result)
@@ -2445,6 +2448,7 @@ class Connection:
                 self.server.submit(wanted, self)
             else:
                 self._wait_for(wanted)
+                self._wanted = wanted
         except Exception as error:
             if not isinstance(error, (StopIteration, OSError)):
                 log_error(error, self.server.base_environ)
@@ -2460,9 +2464,9 @@ class Connection:
         with contextlib.suppress(OSError):
             self.socket.close()
 
-    def _handle_event(self) -> None:
-        # While it waits for its turn, what arrives has to wait, too.
-        if self not in self.server.ready:
+    def _handle_event(self, events: int) -> None:
+        # Since select() returned, the connection may have begun to wait for something else.
+        if events & self._wanted:
             self.resume()
 
     def _wait_for(self, events: int) -> None:
@@ -2550,7 +2554,7 @@ class Connection:
             self.head = self.received.removeprefix(b"\r\n")
             is_line_checked = is_line_checked or check_request_start(self.received)
             check_head_size(self.received)
-            # The empty line may have begun with the last two bytes.
+            # The last two bytes may be the beginning of the empty line.
             searched = max(0, len(self.received) - 2)
             yield from self._receive("The head ends before its empty line")
         head = self.received[: end.end()]

@@ -139,7 +139,7 @@ class FakeSelector:
         if self.faulty and self.dice.random() < 0.02:
             sock.failed = True
             raise OSError(28, "No space left on device")
-        self.watched[sock] = types.SimpleNamespace(data=data)
+        self.watched[sock] = types.SimpleNamespace(data=data, events=events)
 
     def unregister(self, sock):
         del self.watched[sock]
@@ -149,7 +149,7 @@ class FakeSelector:
 
     def select(self, timeout):
         keys = [key for key in self.watched.values() if self.dice.random() < 0.7]
-        return [(key, 0) for key in keys]
+        return [(key, key.events) for key in keys]
 
 
 class FakeApplication:

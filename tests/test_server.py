@@ -853,6 +853,26 @@ def test_accept_does_not_block_if_the_client_has_gone(server):
             assert server.socket is listener
 
 
+def test_event_of_a_connection_that_waits_for_a_worker_meanwhile_is_ignored(application):
+    """It was reported together with 60 others, whose responses are sent first."""
+    gate = Gate(application)
+    with serving(gate) as server, contextlib.ExitStack() as stack:
+        first, *others = [stack.enter_context(connected(server)) for _ in range(61)]
+        for connection in (first, *others):
+            for _ in range(2):
+                assert ask(connection).status == 200
+        first.sendall(GET * 2 + get(b"/gate") + POST)
+        assert gate.reached.wait(10)
+        for connection in others:
+            connection.sendall(GET)
+        first.sendall(GET)
+        gate.opened.set()
+        received = answers(first, "GET", "GET", "GET", "POST", "GET")
+        assert [response.status for response in received] == [200, 200, 404, 201, 200]
+        for connection in others:
+            assert answer(connection).status == 200
+
+
 def test_new_clients_do_not_wait_for_a_client_that_pipelines(application):
     """Several connections are accepted in a round."""
     gate = Gate(application)
