@@ -2770,7 +2770,11 @@ def make_parser(
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
+    return parser, _add_commands(parser, database)
 
+
+def _add_commands(parser: argparse.ArgumentParser, database: str) -> Any:
+    """Add the commands to the parser, and return its subparsers."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     initialise = commands.add_parser(
         "initialise-database", help="create the table of users", allow_abbrev=False
@@ -2784,7 +2788,7 @@ def make_parser(
     backup.set_defaults(run=_backup)
     for command in (initialise, backup):
         command.add_argument("--database", default=argparse.SUPPRESS, help=database)
-    return parser, commands
+    return commands
 
 
 def run_command(
