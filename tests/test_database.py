@@ -653,6 +653,7 @@ def test_wal_file_deleted_while_only_reading_is_noticed(application, path):
     assert (call(application, path="/health/").status, write(application).status) == (503, 503)
 
 
+@not_on_windows("refuses to move or delete an open file")
 def test_deleted_shm_file_is_noticed(application, path):
     """Another process would create a new one, and both would write without a common lock."""
     assert post(application).status == 201
