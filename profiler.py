@@ -2372,9 +2372,12 @@ class Server(WSGIServer):
         for _ in range(limit):
             try:
                 client, address = self.socket.accept()
-            except (BlockingIOError, ConnectionError):
-                # No client waits, or it has gone.
+            except BlockingIOError:
+                # No client waits.
                 return
+            except ConnectionError:
+                # The client has gone.
+                continue
             except OSError:
                 # No file descriptor is left.
                 if not self._make_room():
