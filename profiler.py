@@ -1350,7 +1350,8 @@ class Accounts:
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Raise WrongPassword, TooManyAttempts.
 
-        A wrong password costs one hash, also if the stored hash is unusable.
+        An unknown email or an unusable hash costs a hash, too, so that the time does not
+        tell them apart.
         """
         if len(password) > MAX_PASSWORD:
             # It costs no hash. If it counted, floods of it would push out other counts.
@@ -2397,8 +2398,10 @@ class Server(WSGIServer):
         If none is idle, close the one that waits for its client and is nearest to its
         deadline. Of thousands, close one in a thousand, so that the search is rare.
         """
-        victims = list(self.idle)[:1]
-        if not victims:
+        longest_idle = next(iter(self.idle), None)
+        if longest_idle:
+            victims = [longest_idle]
+        else:
             waiting = [each for each in self.connections if each.deadline < math.inf]
             count = 1 + self.max_connections // 1000
             victims = heapq.nsmallest(count, waiting, key=lambda each: each.deadline)
