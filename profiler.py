@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import heapq
 import hmac
 import io
 import json
@@ -47,6 +46,7 @@ import time
 import traceback
 import unicodedata
 from binascii import a2b_base64
+from collections import OrderedDict
 from hashlib import pbkdf2_hmac
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     # A status, a body and extra headers. An iterator is the body of a streamed response.
     Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
+    WSGIResponse = tuple[str, list[tuple[str, str]], Iterable[bytes]]
     # A check that a write calls inside its transaction. The argument is the JSON of the
     # user, or None if there is no such user. If the guard raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
@@ -1457,7 +1458,7 @@ def to_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def to_wsgi(response: Response) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
+def to_wsgi(response: Response) -> WSGIResponse:
     """Return the status, all headers and the body for a WSGI server.
 
     A complete body is a tuple of one part. The built-in server streams any other iterable.
@@ -1819,14 +1820,19 @@ class Application:
         self.tokens = [] if token is None else _parse_tokens(token)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status, headers, body = self.respond(environ)
+        start_response(status, headers)
+        return body
+
+    def respond(self, environ: WSGIEnvironment) -> WSGIResponse:
+        """Return the status, the headers and the body of a response, as to_wsgi does."""
         try:
             response = self._respond(environ)
         except Exception as error:
             log_error(error, environ)
             response = to_error_response(error)
         status, headers, body = to_wsgi(response)
-        start_response(status, headers)
-        return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
+        return status, headers, (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
 
     def may_wait(self, environ: WSGIEnvironment) -> bool:
         """Return True if a response may have to wait for a lock, a core, a disk or a scan.
@@ -2007,13 +2013,14 @@ _TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xf
 _HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # The beginning of a request line.
-_REQUEST_START = re.compile(rf"\r?({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
+_REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character (RFC 9112
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 # RFC 9112 7.1.2. Trailers are header lines, or none, and an empty line.
 _TRAILERS = re.compile(rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode())
 _TRAILERS_END = re.compile(rb"(\A|\n)\r?\n")
+_LINE_END = re.compile(b"\n")
 # RFC 9112 7.1. Extensions are ignored.
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 # Bare LFs end a head, too, so that parse_head rejects them without waiting for more.
@@ -2024,8 +2031,7 @@ def parse_head(head: bytes) -> WSGIEnvironment:
     """Return the environ for a request head. Raise HTTPError: 400, 414, 417, 431, 501, 505."""
     environ, authority = parse_request_line(head)
     check_head_size(head)
-    text = head.decode("latin-1").removeprefix("\r\n").removesuffix("\r\n\r\n")
-    _, *lines = text.split("\r\n")
+    _, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     if len(lines) > MAX_HEADER_FIELDS:
         raise HTTPError(431, f"Send at most {MAX_HEADER_FIELDS} headers")
     for line in lines:
@@ -2077,7 +2083,7 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
 
     PATH_INFO is still percent-encoded. Raise HTTPError: 400, 414, 505.
     """
-    line = head.removeprefix(b"\r\n").partition(b"\n")[0]
+    line = head.partition(b"\n")[0]
     if len(line) > MAX_REQUEST_LINE:
         raise HTTPError(414, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
@@ -2096,62 +2102,71 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
     return environ, authority
 
 
-def check_request_start(received: bytes) -> bool:
-    """Check the beginning of a head. Return True if its request line is complete.
-
-    Raise HTTPError at once if the line is invalid, too long or TLS: 400, 414, 505.
-    """
-    # An empty line may precede the request line (RFC 9112 2.2).
-    start = received.removeprefix(b"\r\n")
-    if b"\n" in start or len(start) > MAX_REQUEST_LINE:
-        parse_request_line(start)
-        return True
-    if not _REQUEST_START.fullmatch(start.decode("latin-1")):
-        raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
-    return False
-
-
-def check_head_size(head: bytes | bytearray) -> None:
+def check_head_size(head: bytes) -> None:
     """Raise HTTPError: 431 for a head that is too long."""
     if len(head) > MAX_HEAD:
         raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
 
 
-def decode_chunks(data: bytearray, body: bytearray) -> Iterator[None]:
-    """Move a chunked body from `data` to `body`. Yield when `data` needs more bytes.
+# The functions below take what they return out of the bytes that a client has sent. They
+# are generators, and yield when they need more bytes.
 
-    At the end, `data` begins after the body and its trailers, which are dropped (RFC 9112
-    7.1). Raise HTTPError: 400, 413, 431.
-    """
-    size = -1
+
+def take_head(received: bytearray) -> Steps:
+    """Take a request head. Raise HTTPError as soon as it is invalid: 400, 414, 431, 505."""
+    is_line_checked = False
+    while not (end := HEAD_END.search(received)):
+        head = bytes(received)
+        if not is_line_checked and (b"\n" in head or len(head) > MAX_REQUEST_LINE):
+            parse_request_line(head)
+            is_line_checked = True
+        elif not is_line_checked and not _REQUEST_START.fullmatch(head.decode("latin-1")):
+            raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
+        check_head_size(head)
+        yield
+    return (yield from take(received, end.end()))
+
+
+def take(received: bytearray, size: int) -> Steps:
+    """Take a number of bytes."""
+    while len(received) < size:
+        yield
+    taken = bytes(received[:size])
+    del received[:size]
+    return taken
+
+
+def take_until(received: bytearray, end: re.Pattern[bytes], limit: int) -> Steps:
+    """Take the bytes up to the end of a match, or `limit` bytes if there is none in them."""
+    while not (match := end.search(received, 0, limit)) and len(received) < limit:
+        yield
+    return (yield from take(received, match.end() if match else limit))
+
+
+def take_chunked_body(received: bytearray) -> Steps:
+    """Take a chunked body, and decode it (RFC 9112 7.1). Raise HTTPError: 400, 413, 431."""
+    body = b""
     framing = 0
+    size = -1
     while size != 0:
-        while (end := data.find(b"\n", 0, MAX_CHUNK_LINE)) < 0 and len(data) < MAX_CHUNK_LINE:
-            yield
-        match = _CHUNK_LINE.fullmatch(data[: end + 1])
+        line = yield from take_until(received, _LINE_END, MAX_CHUNK_LINE)
+        match = _CHUNK_LINE.fullmatch(line)
         if not match:
             raise HTTPError(400, "A chunk must start with its size in hexadecimal digits")
         size = int(match[1], 16)
-        framing += end + 3
-        if len(body) + size > MAX_BODY:
-            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
-        if framing > MAX_FRAMING:
-            raise HTTPError(413, "Send the body in larger chunks")
-        del data[: end + 1]
+        framing += len(line) + 2
+        if len(body) + size > MAX_BODY or framing > MAX_FRAMING:
+            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in large chunks")
         if size:
-            while len(data) < size + 2:
-                yield
-            if data[size : size + 2] != b"\r\n":
+            chunk = yield from take(received, size + 2)
+            if not chunk.endswith(b"\r\n"):
                 raise HTTPError(400, "A chunk must end with CR LF")
-            body += data[:size]
-            del data[: size + 2]
-    while not (end_of_trailers := _TRAILERS_END.search(data)) and len(data) <= MAX_HEAD:
-        yield
-    trailers = data[: end_of_trailers.end() if end_of_trailers else len(data)]
+            body += chunk[:-2]
+    trailers = yield from take_until(received, _TRAILERS_END, MAX_HEAD + 1)
     check_head_size(trailers)
     if not _TRAILERS.fullmatch(trailers):
         raise HTTPError(400, "Trailers must be lines, `Name: value`, without control characters")
-    del data[: len(trailers)]
+    return body
 
 
 @functools.lru_cache(maxsize=1)
@@ -2233,9 +2248,8 @@ class Server(WSGIServer):
         super().__init__(address, None)  # type: ignore[arg-type]
         self.set_app(app)
         self.stopping = False
-        self.connections: dict[Connection, None] = {}
-        # Connections between requests, idle longest first.
-        self.idle: dict[Connection, None] = {}
+        # All connections. The one that was resumed least recently is the first.
+        self.connections: OrderedDict[Connection, None] = OrderedDict()
         # Connections that wait for their turn.
         self.ready: dict[Connection, None] = {}
         self.max_connections = _find_max_connections()
@@ -2292,9 +2306,10 @@ class Server(WSGIServer):
         self.selector.unregister(self.socket)
         self.socket.close()
         now = time.monotonic()
-        for connection in self.idle:
-            # It is closed at the next check, unless a request has arrived.
-            connection.deadline = now
+        for connection in self.connections:
+            if connection.is_idle:
+                # It is closed at the next check, unless a request has arrived.
+                connection.deadline = now
         while self.connections and time.monotonic() < now + DRAIN_TIMEOUT:
             self._serve_round()
         for connection in list(self.connections):
@@ -2352,7 +2367,7 @@ class Server(WSGIServer):
             self._handle_events(0)
             self._next_check = now + CHECK_INTERVAL
             for connection in [each for each in self.connections if each.deadline < now]:
-                connection.resume(TimeoutError())
+                connection.resume(HTTPError(408, "The request took too long to arrive"))
 
     def _handle_events(self, timeout: float) -> None:
         """Resume the connections that have an event, then those whose turn it is."""
@@ -2393,21 +2408,12 @@ class Server(WSGIServer):
             connection.resume()
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle longest. Return False if none can be closed.
-
-        If none is idle, close the one that waits for its client and is nearest to its
-        deadline. Of thousands, close one in a thousand, so that the search is rare.
-        """
-        longest_idle = next(iter(self.idle), None)
-        if longest_idle:
-            victims = [longest_idle]
-        else:
-            waiting = [each for each in self.connections if each.deadline < math.inf]
-            count = 1 + self.max_connections // 1000
-            victims = heapq.nsmallest(count, waiting, key=lambda each: each.deadline)
-        for victim in victims:
-            victim.close()
-        return bool(victims)
+        """Close the connection that has waited longest for its client, if one does."""
+        waiting = (each for each in self.connections if each.deadline < math.inf)
+        longest = next(waiting, None)
+        if longest:
+            longest.close()
+        return longest is not None
 
 
 def _find_max_connections() -> int:
@@ -2428,18 +2434,20 @@ class Connection:
         self.socket = client
         self.address = address
         # Bytes that were received but not used yet, and the head of the current request.
-        self.received = b""
+        self.received = bytearray()
         self.head = b""
+        self.is_idle = False
         self.is_last = False
         self.deadline = math.inf
-        # The event that the connection waits for, and those that the selector watches.
-        self._wanted = NOTHING
+        # The events that the selector watches.
         self._events = NOTHING
         self._steps = self._serve()
 
     def resume(self, result: object = None) -> None:
         """Continue until the next wait, with the result of the last one, or its exception."""
-        self._wanted = NOTHING
+        if self not in self.server.connections:
+            return
+        self.server.connections.move_to_end(self)
         try:
             if isinstance(result, Exception):
                 wanted = self._steps.throw(result)
@@ -2450,11 +2458,10 @@ class Connection:
                 self.server.ready[self] = None
             elif callable(wanted):
                 self.deadline = math.inf
-                self._wait_for(NOTHING)
+                self._watch(NOTHING)
                 self.server.submit(wanted, self)
             else:
-                self._wait_for(wanted)
-                self._wanted = wanted
+                self._watch(READ if wanted is None else wanted)
         except Exception as error:
             if not isinstance(error, (StopIteration, OSError)):
                 log_error(error, self.server.base_environ)
@@ -2462,20 +2469,32 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection and forget it."""
-        for group in (self.server.connections, self.server.idle, self.server.ready):
+        for group in (self.server.connections, self.server.ready):
             group.pop(self, None)
         self._steps.close()
         with contextlib.suppress(OSError, ValueError, KeyError):
-            self._wait_for(NOTHING)
+            self._watch(NOTHING)
         with contextlib.suppress(OSError):
             self.socket.close()
 
     def _handle_event(self, events: int) -> None:
+        """Receive what has arrived, and resume. At the end of the stream, raise there."""
         # Since select() returned, the connection may have begun to wait for something else.
-        if events & self._wanted:
-            self.resume()
+        if self in self.server.ready or not events & self._events:
+            return
+        problem = None
+        if events & READ:
+            try:
+                more = self.socket.recv(RECEIVE_SIZE)
+            except OSError:
+                self.close()
+                return
+            self.received += more
+            if not more:
+                problem = HTTPError(400, "The request ends too early")
+        self.resume(problem)
 
-    def _wait_for(self, events: int) -> None:
+    def _watch(self, events: int) -> None:
         if events == self._events:
             return
         previous = self._events
@@ -2488,47 +2507,49 @@ class Connection:
         self._events = events
 
     def _serve(self) -> Steps:
-        """Answer requests until either side closes the connection. Raise OSError."""
+        """Answer requests until either side closes the connection. Raise HTTPError, OSError."""
         while not self.is_last:
-            # An empty line between requests is ignored (RFC 9112 2.2).
-            while self.received in (b"", b"\r\n"):
-                self.received = b""
+            while self.received in (b"", b"\r", b"\r\n"):
+                if self.received == b"\r\n":
+                    self.received.clear()
                 # At shutdown, a request that has arrived already is answered.
                 timeout = 0 if self.server.stopping else IDLE_TIMEOUT
                 self.deadline = time.monotonic() + timeout
-                self.server.idle[self] = None
-                yield from self._receive()
-                del self.server.idle[self]
-                if not self.received:
-                    return
+                self.is_idle = True
+                yield
+                self.is_idle = False
+            # An empty line between requests is ignored (RFC 9112 2.2).
+            if self.received.startswith(b"\r\n"):
+                del self.received[:2]
             yield from self._answer_request()
         # Read until the client closes. To close with unread input may lose the response
         # (RFC 9112 9.6).
         self.socket.shutdown(socket.SHUT_WR)
         last_deadline = time.monotonic() + BODY_TIMEOUT
-        self.received = b"?"
-        while self.received:
+        while True:
             self.deadline = min(last_deadline, time.monotonic() + LINGER_TIMEOUT)
-            self.received = b""
-            yield from self._receive()
+            self.received.clear()
+            yield
 
     def _answer_request(self) -> Steps:
-        """Receive a request, run the application and send its response. Raise OSError."""
+        """Receive a request, run the application and send its response.
+
+        Raise OSError, and HTTPError if the client stops reading.
+        """
+        application = self.server.application
         try:
             environ = yield from self._receive_request()
-            run = functools.partial(self._run_application, environ)
-            may_wait = self.server.application.may_wait(environ)
-            status, headers, body = (yield run) if may_wait else run()
+            respond = functools.partial(application.respond, environ)
+            status, headers, body = (yield respond) if application.may_wait(environ) else respond()
             is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
             has_close = _CLOSE.search(environ.get("HTTP_CONNECTION", ""))
             if not is_http_1_1 or self.server.stopping or has_close:
                 self.is_last = True
             if is_http_1_1 and not isinstance(body, tuple):
                 headers.append(_CHUNKED)
-        except (HTTPError, Unavailable, TimeoutError) as error:
+        except (HTTPError, Unavailable) as error:
             self.is_last = True
-            if isinstance(error, TimeoutError):
-                error = HTTPError(408, "The request took too long to arrive")
+            self.head = self.head or bytes(self.received)
             log_error(error, self.server.base_environ)
             status, headers, body = to_wsgi(to_error_response(error))
             if self.head.startswith(b"HEAD "):
@@ -2537,42 +2558,19 @@ class Connection:
         if status.startswith("503") and not self.is_last:
             # Clients that try again at once would keep the threads busy that serve others.
             self.deadline = time.monotonic() + RETRY_PAUSE
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(HTTPError):
                 yield NOTHING
 
-    def _run_application(self, environ: WSGIEnvironment) -> tuple[Any, ...]:
-        """Return the status, the headers and the body of a response. Raise what it raises."""
-        started: list[Any] = []
-        start_response: Any = started.extend
-        body = self.server.application(environ, lambda *given: start_response(given))
-        status, headers = started
-        return status, headers, body
-
     def _receive_request(self) -> Steps:
-        """Return the environ of the next request, whose body has arrived.
-
-        Raise HTTPError, OSError.
-        """
+        """Return the environ of the next request, whose body has arrived. Raise HTTPError."""
         self.deadline = time.monotonic() + HEAD_TIMEOUT
-        is_line_checked = False
-        searched = 0
-        while not (end := HEAD_END.search(self.received, searched)):
-            self.head = self.received.removeprefix(b"\r\n")
-            is_line_checked = is_line_checked or check_request_start(self.received)
-            check_head_size(self.received)
-            # The last two bytes may be the beginning of the empty line.
-            searched = max(0, len(self.received) - 2)
-            yield from self._receive("The head ends before its empty line")
-        head = self.received[: end.end()]
-        self.head = head.removeprefix(b"\r\n")
-        self.received = self.received[end.end() :]
+        self.head = b""
+        self.head = yield from take_head(self.received)
         environ = {
             **self.server.base_environ,
-            **parse_head(head),
+            **parse_head(self.head),
             "REMOTE_ADDR": self.address,
         }
-        # The application gets the decoded body, with its length.
-        is_chunked = environ.pop("HTTP_TRANSFER_ENCODING", None) is not None
         length = int(environ["CONTENT_LENGTH"] or 0)
         if length > MAX_BODY:
             # The application answers 413.
@@ -2581,47 +2579,22 @@ class Connection:
         elif "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = time.monotonic() + BODY_TIMEOUT
-        if is_chunked:
-            body = yield from self._receive_chunks()
+        if "HTTP_TRANSFER_ENCODING" in environ:
+            # The application gets the decoded body, with its length.
+            del environ["HTTP_TRANSFER_ENCODING"]
+            body = yield from take_chunked_body(self.received)
             environ["CONTENT_LENGTH"] = str(len(body))
         else:
-            while len(self.received) < length:
-                yield from self._receive("The body is shorter than its Content-Length")
-            body = self.received[:length]
-            self.received = self.received[length:]
+            body = yield from take(self.received, length)
         environ["wsgi.input"] = io.BytesIO(body)
         return environ
 
-    def _receive_chunks(self) -> Steps:
-        """Return a decoded chunked body. Raise HTTPError, OSError."""
-        data = bytearray(self.received)
-        self.received = b""
-        body = bytearray()
-        for _ in decode_chunks(data, body):
-            yield from self._receive("The body ends before its last chunk")
-            data += self.received
-            self.received = b""
-        self.received = bytes(data)
-        return bytes(body)
-
-    def _receive(self, problem: str = "") -> Steps:
-        """Receive some bytes. Raise OSError.
-
-        At the end of the stream, raise HTTPError with the problem, if one is given.
-        """
-        yield READ
-        more = self.socket.recv(RECEIVE_SIZE)
-        self.received += more
-        if problem and not more:
-            raise HTTPError(400, problem)
-
     def _send(self, message: bytes) -> Steps:
-        """Send a message. Raise OSError, among them TimeoutError if the client stops reading."""
+        """Send a message. Raise OSError, and HTTPError if the client stops reading."""
         rest = memoryview(message)
         while rest:
             try:
-                sent = self.socket.send(rest)
-                rest = rest[sent:]
+                rest = rest[self.socket.send(rest) :]
             except BlockingIOError:
                 self.deadline = time.monotonic() + SEND_TIMEOUT
                 yield WRITE
@@ -2648,11 +2621,11 @@ class Connection:
                 message = head + body[0]
                 # Others have a turn between two requests of a connection. Short responses are
                 # sent together; to keep many long ones would take memory.
-                if len(message) < RECEIVE_SIZE:
+                is_short = size < RECEIVE_SIZE
+                if is_short:
                     yield LATER
-                    yield from self._send(message)
-                else:
-                    yield from self._send(message)
+                yield from self._send(message)
+                if not is_short:
                     yield LATER
             else:
                 is_chunked = _CHUNKED in headers

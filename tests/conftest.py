@@ -54,6 +54,22 @@ def pytest_make_parametrize_id(val):
     return f"{val[:20]!r}..." if is_long else None
 
 
+def feed(steps, received, pieces):
+    """Run a function of the parser that takes bytes: when it needs more, give it a piece.
+
+    Return what it returns, or None if the pieces do not suffice.
+    """
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+        piece = next(pieces, None)
+        if piece is None:
+            return None
+        received += piece
+
+
 def not_on_windows(reason):
     """Skip a test on Windows, which does or lacks something."""
     return pytest.mark.skipif(os.name == "nt", reason=f"Windows {reason}")
