@@ -313,30 +313,66 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class SharedConnection:
-    """One SQLite connection that several threads use in turn. It is opened on first use."""
+class Limiter:
+    """Lets one thread at a time in, or a few. Others wait, and get Busy in the end.
 
-    def __init__(self, max_waiting: int) -> None:
+    Use it as a context manager. A forked child, which has only the thread that forked, can
+    use it, too.
+    """
+
+    def __init__(
+        self,
+        resource: str,
+        max_waiting: int = sys.maxsize,
+        timeout: float | None = None,
+        make_lock: Callable[[], Any] = threading.Lock,
+    ) -> None:
+        """Set the limits.
+
+        :param resource: what the threads wait for, for messages
+        :param max_waiting: if that many threads wait, more are refused at once
+        :param timeout: seconds to wait; default: BUSY_TIMEOUT
+        :param make_lock: returns a lock, or a semaphore that lets several threads in
+        """
+        self._resource = resource
         self._max_waiting = max_waiting
+        self.timeout = BUSY_TIMEOUT if timeout is None else timeout
+        self._make_lock = make_lock
         self.reset()
+        call_at_fork(self)
 
     def reset(self) -> None:
-        """Forget the connection and the threads that use it."""
-        self.connection: sqlite3.Connection | None = None
-        self.lock = threading.Lock()
+        """Forget the threads that are in, and those that wait."""
+        self.lock = self._make_lock()
         self._places = threading.BoundedSemaphore(self._max_waiting)
 
-    def acquire(self) -> None:
-        """Wait up to BUSY_TIMEOUT for the other threads. Raise Busy."""
+    def after_fork_in_child(self) -> None:
+        """Start anew."""
+        self.reset()
+
+    def __enter__(self) -> None:
         if self.lock.acquire(blocking=False):
             return
         if not self._places.acquire(blocking=False):
-            raise Busy("too many threads wait for the database")
+            raise Busy(f"too many requests wait for {self._resource}")
         try:
-            if not self.lock.acquire(timeout=BUSY_TIMEOUT):
-                raise Busy("other threads are using the database")
+            if not self.lock.acquire(timeout=self.timeout):
+                raise Busy(f"a request has waited too long for {self._resource}")
         finally:
             self._places.release()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+class SharedConnection(Limiter):
+    """One SQLite connection that several threads use in turn. It is opened on first use."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.connection: sqlite3.Connection | None = None
+        self._held: list[threading.Lock] = []
+        self._inherited: list[sqlite3.Connection | None] = []
+        super().__init__("the database", max_waiting)
 
     def close(self) -> None:
         """Close the connection. The next use opens a new one."""
@@ -344,6 +380,27 @@ class SharedConnection:
         self.connection = None
         if connection:
             connection.close()
+
+    def before_fork(self) -> None:
+        """Close the connection and hold its lock, unless it stays busy for CLOSE_TIMEOUT."""
+        lock = self.lock
+        if lock.acquire(timeout=CLOSE_TIMEOUT):
+            self.close()
+            self._held.append(lock)
+
+    def after_fork_in_parent(self) -> None:
+        """Release the lock."""
+        while self._held:
+            self._held.pop().release()
+
+    def after_fork_in_child(self) -> None:
+        """Start without a connection."""
+        # A connection that was busy is still open. It must not be closed here, not even by
+        # the garbage collector (sqlite.org/howtocorrupt.html, 2.6). So keep it.
+        self._inherited.append(self.connection)
+        self.connection = None
+        self._held.clear()
+        self.reset()
 
 
 class Database:
@@ -376,11 +433,8 @@ class Database:
         self._file: tuple[int, int] | None = None
         self._is_wal = False
         self._has_wal_file = False
-        self._held: list[SharedConnection] = []
-        self._inherited: list[sqlite3.Connection | None] = []
         self._shared: list[SharedConnection] = []
         self.write_connection = self.add_connection()
-        call_at_fork(self)
 
     def add_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
         """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
@@ -393,15 +447,13 @@ class Database:
 
     def read(self, shared: SharedConnection, statement: str, parameters: Any = ()) -> list[Any]:
         """Return all rows of a SELECT. Raise Busy, Unavailable."""
-        shared.acquire()
-        try:
-            connection = shared.connection or self._connect(shared)
-            return _execute(connection, statement, parameters).fetchall()
-        except sqlite3.Error as error:
-            shared.close()
-            raise self._translate(error) from None
-        finally:
-            shared.lock.release()
+        with shared:
+            try:
+                connection = shared.connection or self._connect(shared)
+                return _execute(connection, statement, parameters).fetchall()
+            except sqlite3.Error as error:
+                shared.close()
+                raise self._translate(error) from None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -409,24 +461,20 @@ class Database:
 
         Raise Busy, Unavailable.
         """
-        deadline = time.monotonic() + BUSY_TIMEOUT
-        self.write_connection.acquire()
-        try:
-            self.check_files()
-            # As a context manager, the connection rolls back what was not committed.
-            with self.write_connection.connection or self._connect(
-                self.write_connection
-            ) as connection:
-                # Take the write lock first. SQLite refuses at once to turn a read transaction
-                # into a write transaction while another process writes.
-                _execute(connection, "BEGIN IMMEDIATE", timeout=deadline - time.monotonic())
-                yield connection
-                _execute(connection, "COMMIT")
-        except sqlite3.Error as error:
-            self.write_connection.close()
-            raise self._translate(error) from None
-        finally:
-            self.write_connection.lock.release()
+        shared = self.write_connection
+        with shared:
+            try:
+                self.check_files()
+                # As a context manager, the connection rolls back what was not committed.
+                with shared.connection or self._connect(shared) as connection:
+                    # Take the write lock first. SQLite refuses at once to turn a read
+                    # transaction into a write transaction while another process writes.
+                    _execute(connection, "BEGIN IMMEDIATE")
+                    yield connection
+                    _execute(connection, "COMMIT")
+            except sqlite3.Error as error:
+                shared.close()
+                raise self._translate(error) from None
 
     def check_files(self) -> None:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
@@ -492,30 +540,8 @@ class Database:
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
         for shared in self._shared:
-            if shared.lock.acquire(timeout=CLOSE_TIMEOUT):
-                shared.close()
-                shared.lock.release()
-
-    def before_fork(self) -> None:
-        """Close the connections and hold their locks."""
-        for shared in self._shared:
-            if shared.lock.acquire(timeout=CLOSE_TIMEOUT):
-                shared.close()
-                self._held.append(shared)
-
-    def after_fork_in_parent(self) -> None:
-        """Release the locks."""
-        while self._held:
-            self._held.pop().lock.release()
-
-    def after_fork_in_child(self) -> None:
-        """Start without connections: the threads that held the locks do not exist here."""
-        self._held.clear()
-        for shared in self._shared:
-            # A connection that was busy is still open. It must not be closed here, not even
-            # by the garbage collector (sqlite.org/howtocorrupt.html, 2.6). So keep it.
-            self._inherited.append(shared.connection)
-            shared.reset()
+            shared.before_fork()
+            shared.after_fork_in_parent()
 
     def _connect(self, shared: SharedConnection) -> sqlite3.Connection:
         """Open the file. Create the file and the table if they do not exist.
@@ -654,20 +680,15 @@ def _execute(
 
     Give up after `timeout` seconds, by default BUSY_TIMEOUT. Raise sqlite3.Error.
     """
-    # SQLite's own busy handler sleeps up to 100 ms between attempts, so it would lose to
-    # writers that try more often.
-    deadline = None
+    deadline = time.monotonic() + (BUSY_TIMEOUT if timeout is None else timeout)
     while True:
         try:
             return connection.execute(statement, parameters)
         except sqlite3.OperationalError as error:
-            if "is locked" not in str(error):
+            if "is locked" not in str(error) or time.monotonic() > deadline:
                 raise
-            now = time.monotonic()
-            if deadline is None:
-                deadline = now + (BUSY_TIMEOUT if timeout is None else timeout)
-            if now > deadline:
-                raise
+        # SQLite's own busy handler sleeps up to 100 ms between attempts, so it would lose to
+        # writers that try more often.
         time.sleep(RETRY_INTERVAL)
 
 
@@ -729,6 +750,10 @@ def _publish(old: str, new: str) -> None:
 
 MAX_SEARCHES = 64  # searches that wait for another one: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
+# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures. OWASP ASVS 6.3.1 asks for a
+# limit of this kind.
+MAX_FAILURES = 10  # consecutive wrong passwords of an account
+ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
 PROFILE = ("first_name", "last_name", "email")
 
 
@@ -738,6 +763,14 @@ class EmailTaken(Exception):
 
 class NoSuchUser(Exception):
     """No user has this id."""
+
+
+class TooManyAttempts(Exception):
+    """Too many wrong passwords. Try again after `retry_after` seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__()
+        self.retry_after = retry_after
 
 
 class Storage(Protocol):
@@ -827,50 +860,44 @@ class Storage(Protocol):
         """Close all connections. The next call opens new ones."""
 
 
+def check_failures(count: int, elapsed: float) -> int:
+    """Return a count of wrong passwords. Raise TooManyAttempts for too many.
+
+    :param elapsed: seconds since the last one
+    """
+    if count >= MAX_FAILURES and elapsed < ATTEMPT_INTERVAL:
+        raise TooManyAttempts(math.ceil(ATTEMPT_INTERVAL - elapsed))
+    return count
+
+
 class Failures:
     """Counts the consecutive wrong passwords of each account, in the memory of a process.
 
     An account is the id of a user, or the digest of an unknown email.
     """
 
-    # False if counting is expensive, such as a write to a database. Then the first failure of
-    # an account is counted after its hash, so that a right password writes nothing.
-    counts_first_attempt = True
-
     def __init__(self) -> None:
-        self.reset()
-        call_at_fork(self)
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        self._lock = threading.Lock()
-        # The number and the time of the last wrong passwords, least recently used first.
+        self._lock = Limiter("the counts of wrong passwords")
+        # The number and the time of the last wrong passwords, least recent first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
-    after_fork_in_child = reset
+    def check(self, account: int | bytes, is_final: bool = False) -> int:
+        """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-    def get(self, account: int | bytes) -> tuple[int, float]:
-        """Return the count, and the seconds since the last wrong password."""
-        with self._lock:
-            count, last = self._counts.pop(account, (0, 0.0))
-            if count:
-                # Insert it again, as the most recent one.
-                self._counts[account] = count, last
-        return count, time.monotonic() - last
-
-    def add(self, account: int | bytes, expected: int | None = None) -> bool:
-        """Add one to the count.
-
-        If `expected` is given and the count differs, change nothing and return False.
+        Only a final check must be exact. The first one spares a hash.
         """
+        count, last = self._counts.get(account, (0, 0.0))
+        return check_failures(count, time.monotonic() - last)
+
+    def add(self, account: int | bytes) -> None:
+        """Add one to the count, or raise TooManyAttempts."""
         with self._lock:
-            count, _ = self._counts.get(account, (0, 0.0))
-            if expected is not None and count != expected:
-                return False
+            count = Failures.check(self, account)
+            # Insert it anew, as the most recent one.
+            self._counts.pop(account, None)
             self._counts[account] = count + 1, time.monotonic()
             if len(self._counts) > MAX_TRACKED:
                 del self._counts[next(iter(self._counts))]
-            return True
 
     def clear(self, account: int | bytes) -> None:
         """Set the count to 0."""
@@ -1106,11 +1133,7 @@ def _to_utf8(text: bytes) -> bytes:
 # Verifying and finding only compare, so that users with older emails can log in.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
-MAX_HASHING = 128  # requests that hash or wait for a core: half of the server's WORKERS
-# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures. OWASP ASVS 6.3.1 asks for a
-# limit of this kind.
-MAX_FAILURES = 10  # consecutive wrong passwords of an account
-ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
+MAX_HASHING = 128  # requests that wait for a core: half of the server's WORKERS
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -1133,14 +1156,6 @@ class WrongPassword(Exception):
 
     The message, if there is one, is for the operator.
     """
-
-
-class TooManyAttempts(Exception):
-    """Too many wrong passwords. Try again after `retry_after` seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__()
-        self.retry_after = retry_after
 
 
 def is_blank(value: object) -> bool:
@@ -1213,15 +1228,12 @@ class Accounts:
         # A password is verified with this hash if there is no user or no usable hash, so that
         # the answer takes as long.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
-        self.reset()
-        call_at_fork(self)
-
-    def reset(self) -> None:
-        """Create the semaphores. A forked child needs new ones: no other thread exists there."""
-        self._slots = threading.BoundedSemaphore(count_cores())
-        self._places = threading.BoundedSemaphore(MAX_HASHING)
-
-    after_fork_in_child = reset
+        self._cores = Limiter(
+            "a core to hash a password",
+            MAX_HASHING,
+            HASH_TIMEOUT,
+            lambda: threading.BoundedSemaphore(count_cores()),
+        )
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user.
@@ -1243,7 +1255,7 @@ class Accounts:
         # Do not hash for an email that is taken. Only the insert decides whether it is free.
         if self.users.find(email):
             raise EmailTaken
-        with self._hashing_slot():
+        with self._cores:
             password_hash = hash_password(password, self.iterations)
         return self.users.insert(*profile, password_hash)
 
@@ -1292,7 +1304,7 @@ class Accounts:
             # bytes.lower() changes ASCII letters only.
             unknown = hashlib.sha256(email.encode().lower()).digest()
             account, password_hash = found or (unknown, self._dummy_hash)
-            with self._hashing_slot():
+            with self._cores:
                 self._check_password(account, password_hash, password)
                 new_hash = None
                 if needs_rehash(password_hash, self.iterations):
@@ -1326,7 +1338,7 @@ class Accounts:
         # If another request has replaced the hash meanwhile, check the old password again.
         while not is_replaced:
             password_hash = self.users.get_password_hash(user_id)
-            with self._hashing_slot():
+            with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
             is_replaced = self.users.replace_password_hash(user_id, password_hash, new_hash, guard)
@@ -1342,7 +1354,7 @@ class Accounts:
         check_field("new_password", new_password)
         # Do not hash for a user who does not exist.
         self.users.get_password_hash(user_id)
-        with self._hashing_slot():
+        with self._cores:
             new_hash = hash_password(new_password, self.iterations)
         if not self.users.replace_password_hash(user_id, None, new_hash, guard):
             raise NoSuchUser
@@ -1358,48 +1370,16 @@ class Accounts:
             # It costs no hash. If it counted, floods of it would push out other counts.
             raise WrongPassword
         failures = self.users.failures
-        is_counted = self._admit_attempt(account)
+        failures.check(account)
         is_usable = parse_hash(password_hash) is not None
         is_right = verify_password(password_hash if is_usable else self._dummy_hash, password)
-        if is_right and is_usable:
-            if is_counted:
-                failures.clear(account)
-            return
-        if not is_counted:
+        # Concurrent attempts may have used up those that are allowed. Then the answer is no.
+        if not (is_right and is_usable):
             failures.add(account)
-        problem = f"the password hash of user {account!r} is malformed or cannot be verified here"
-        raise WrongPassword("" if is_usable else problem)
-
-    def _admit_attempt(self, account: int | bytes) -> bool:
-        """Count an attempt as a failure before the hash is computed. Raise TooManyAttempts.
-
-        Otherwise a hundred concurrent attempts would all see a count below the limit. Return
-        False if nothing was counted: then the caller must count a failure.
-        """
-        failures = self.users.failures
-        while True:
-            count, elapsed = failures.get(account)
-            if count >= MAX_FAILURES and elapsed < ATTEMPT_INTERVAL:
-                raise TooManyAttempts(math.ceil(ATTEMPT_INTERVAL - elapsed))
-            if not count and not failures.counts_first_attempt:
-                return False
-            if failures.add(account, expected=count):
-                return True
-
-    @contextlib.contextmanager
-    def _hashing_slot(self) -> Iterator[None]:
-        """Hold one of the cores for a hash. Raise Busy."""
-        if not self._places.acquire(blocking=False):
-            raise Busy("too many requests wait for a core to hash a password")
-        try:
-            if not self._slots.acquire(timeout=HASH_TIMEOUT):
-                raise Busy("no core was free to hash a password")
-            try:
-                yield
-            finally:
-                self._slots.release()
-        finally:
-            self._places.release()
+            problem = f"the password hash of user {account} is malformed or cannot be verified here"
+            raise WrongPassword("" if is_usable else problem)
+        if failures.check(account, is_final=True):
+            failures.clear(account)
 
 
 def count_cores() -> int:
@@ -2509,7 +2489,7 @@ class Connection:
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise HTTPError, OSError."""
         while not self.is_last:
-            while self.received in (b"", b"\r", b"\r\n"):
+            while bytes(self.received) in (b"", b"\r", b"\r\n"):
                 if self.received == b"\r\n":
                     self.received.clear()
                 # At shutdown, a request that has arrived already is answered.

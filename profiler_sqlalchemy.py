@@ -134,7 +134,7 @@ class _Dialect:
     search_options: ClassVar[Mapping[str, bool]] = {}
     # How an INSERT returns the id.
     returning = ""
-    # How an INSERT changes the row if it exists.
+    # How an INSERT leaves a row that exists.
     on_duplicate = ""
     # the time in UTC, without fractions of a second; and Unix time
     now = ""
@@ -203,7 +203,7 @@ END
     # A prepared statement has one plan for all texts, which uses no index.
     search_options: ClassVar = {"prepare": False}
     returning = "RETURNING id"
-    on_duplicate = "ON CONFLICT (account) DO UPDATE SET"
+    on_duplicate = "ON CONFLICT DO NOTHING"
     now = "date_trunc('second', now() AT TIME ZONE 'UTC')"
     unix_time = "extract(epoch FROM now())::float8"
     last_id = """
@@ -262,7 +262,7 @@ END
     OR LOWER(last_name) LIKE LOWER(%(pattern)s) ESCAPE '!'
     OR LOWER(email) LIKE LOWER(%(pattern)s) ESCAPE '!')
 """
-    on_duplicate = "ON DUPLICATE KEY UPDATE"
+    on_duplicate = "ON DUPLICATE KEY UPDATE account = account"
     now = "utc_timestamp()"
     # unix_timestamp() depends on the time zone, in which an hour may occur twice.
     unix_time = "(timestampdiff(microsecond, '1970-01-01', utc_timestamp(6)) / 1e6)"
@@ -338,6 +338,13 @@ def _parse_url(text: str) -> URL:
         hint = ": write ssl_ca=FILE" if name == "ssl" else ""
         raise ValueError(f"the option {name} cannot be set in a URL{hint}")
     return url.set(drivername=DRIVERS[url.drivername])
+
+
+def _limit(resource: str, count: int) -> profiler.Limiter:
+    """Return a limiter that lets a number of threads in."""
+    return profiler.Limiter(
+        resource, timeout=POOL_TIMEOUT, make_lock=lambda: threading.BoundedSemaphore(count)
+    )
 
 
 def _list_hosts(url: URL) -> str:
@@ -519,7 +526,8 @@ class SQLAlchemyUsers:
         # Connections that were opened before this time are replaced.
         self._replace_before = 0.0
         self.failures: profiler.Failures = SharedFailures(self)
-        self.after_fork_in_child()
+        self._searches = _limit("one of the searches at the same time", MAX_SEARCHES)
+        self._places = _limit("a connection to the database", POOL_SIZE)
         profiler.call_at_fork(self)
 
     def find(self, email: str) -> tuple[int, str] | None:
@@ -658,10 +666,8 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
         self._engine.dispose()
 
     def after_fork_in_child(self) -> None:
-        """Begin without connections. Those of the parent are not closed."""
+        """Start without connections. Those of the parent are not closed."""
         self._engine.dispose(close=False)
-        self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
-        self._places = threading.BoundedSemaphore(POOL_SIZE)
 
     def _exists(self, table: str = "user") -> bool:
         """Return True if a table exists."""
@@ -706,12 +712,8 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
 
     def _search(self, statement: str, parameters: Any) -> Any:
         """Return the rows of a SELECT that may take long. Raise Busy."""
-        if not self._searches.acquire(timeout=POOL_TIMEOUT):
-            raise Busy(f"{MAX_SEARCHES} other searches are running")
-        try:
+        with self._searches:
             return self._read(statement, parameters, **self._dialect.search_options)
-        finally:
-            self._searches.release()
 
     def _write(self, statement: str, parameters: Any, user_id: int, guard: Guard | None) -> int:
         """Return how many rows a statement has found. Raise what the guard raises.
@@ -742,12 +744,8 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
         if table not in self._tables:
             self._create_table(table)
             self._tables.add(table)
-        if not self._places.acquire(timeout=POOL_TIMEOUT):
-            raise Busy(f"all {POOL_SIZE} connections to the database are in use")
-        try:
+        with self._places:
             return self._repeat(operation, is_read)
-        finally:
-            self._places.release()
 
     def _repeat(self, operation: Callable[[Any], Result], is_read: bool = False) -> Result:
         """Return what an operation returns. Attempt it again if that is safe."""
@@ -806,9 +804,9 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                     TOO_MANY_CONNECTIONS, message
                 )
                 timeout = start + POOL_TIMEOUT - time.monotonic()
-                if not (may_wait and self._places.acquire(timeout=timeout)):
+                if not (may_wait and self._places.lock.acquire(timeout=timeout)):
                     raise Unavailable(message) from None
-                timer = threading.Timer(RETRY_TIME, self._places.release)
+                timer = threading.Timer(RETRY_TIME, self._places.lock.release)
                 timer.daemon = True
                 timer.start()
                 continue
@@ -845,12 +843,9 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
 class SharedFailures(profiler.Failures):
     """Counts wrong passwords in a table, for all processes and machines.
 
-    If the table cannot be used, each process counts in memory for a while. Its count begins
-    at 0 then. No wrong password is ever left uncounted.
+    It counts in memory, too. While the table cannot be used, that count is the one that
+    limits.
     """
-
-    # A right password writes nothing.
-    counts_first_attempt = False
 
     def __init__(self, users: SQLAlchemyUsers) -> None:
         super().__init__()
@@ -865,30 +860,44 @@ SELECT count, greatest(0, {now} - last) FROM profiler_failure
 WHERE account = %s AND last > {oldest}
 """
         self._insert = f"""
-INSERT INTO profiler_failure (account, count, last) VALUES (%s, %s, {now})
+INSERT INTO profiler_failure (account, count, last) VALUES (%s, 0, {now})
 {users._dialect.on_duplicate}
-count = CASE WHEN profiler_failure.last > {oldest} THEN profiler_failure.count + 1 ELSE 1 END,
-last = {now}
 """
+        # MySQL assigns from left to right.
         self._update = f"""
-UPDATE profiler_failure SET count = count + 1, last = {now} WHERE account = %s AND count = %s
+UPDATE profiler_failure
+SET count = CASE WHEN last > {oldest} THEN count + 1 ELSE 1 END, last = {now}
+WHERE account = %s
+    AND (count < {profiler.MAX_FAILURES} OR last <= {now} - {profiler.ATTEMPT_INTERVAL})
 """
         self._forget = f"DELETE FROM profiler_failure WHERE account <> %s AND last < {oldest}"
 
-    def get(self, account: Account) -> tuple[int, float]:
-        """See profiler.Failures."""
+    def check(self, account: Account, is_final: bool = False) -> int:
+        """See profiler.Failures.
+
+        The first check of an attempt asks the table only if this process knows of wrong
+        passwords. So a right one costs one statement more.
+        """
+        if not is_final and account not in self._counts:
+            return 0
         rows = self._try(_fetch, self._select, account)
         if rows is None:
-            return super().get(account)
-        return rows[0] if rows else (0, 0.0)
+            return super().check(account)
+        return profiler.check_failures(*rows[0]) if rows else 0
 
-    def add(self, account: Account, expected: int | None = None) -> bool:
+    def add(self, account: Account) -> None:
         """See profiler.Failures."""
         if random.randrange(FORGET_EVERY) == 0:  # noqa: S311
             self._try(_change, self._forget, account)
-        statement = self._update if expected else self._insert
-        found = self._try(_change, statement, account, expected or 1)
-        return super().add(account, expected) if found is None else found > 0
+        self._try(_change, self._insert, account)
+        counted = self._try(_change, self._update, account)
+        try:
+            super().add(account)
+        except profiler.TooManyAttempts:
+            if counted is None:
+                raise
+        if counted == 0:
+            self.check(account)
 
     def clear(self, account: Account) -> None:
         """See profiler.Failures."""

@@ -412,7 +412,7 @@ def busy_cores(two_cores, slow_hash):
 def test_request_that_waits_too_long_for_a_core_returns_503(
     busy_cores, slow_hash, monkeypatch, name
 ):
-    monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.01)
+    monkeypatch.setattr(busy_cores.accounts._cores, "timeout", 0.01)
     busy_cores.users.insert("R", "W", RON["email"], "x")
     answer = HASHING[name](busy_cores)
     assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (
@@ -426,7 +426,7 @@ def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash,
     """Otherwise many logins at once would take all workers of the server, and writes
     would wait for them."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
-    monkeypatch.setattr(profiler, "MAX_HASHING", 1)
+    monkeypatch.setattr(profiler, "MAX_HASHING", 0)
     application = profiler.Application(profiler.Accounts(profiler.Users(path), 1))
     with contextlib.closing(application), ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, application)
@@ -438,7 +438,7 @@ def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash,
 
 
 def test_requests_without_hashing_do_not_wait_for_a_core(busy_cores, monkeypatch):
-    monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.01)
+    monkeypatch.setattr(busy_cores.accounts._cores, "timeout", 0.01)
     profile = {name: HARRY[name] for name in ("first_name", "last_name", "email")}
     imported = {**profile, "password_hash": "pbkdf2:sha256:1$salt$" + "0" * 64}
     assert call(busy_cores, "POST", fields=imported).status == 201
@@ -446,7 +446,7 @@ def test_requests_without_hashing_do_not_wait_for_a_core(busy_cores, monkeypatch
 
 
 def test_core_is_free_again_after_each_outcome(two_cores, monkeypatch):
-    monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.01)
+    monkeypatch.setattr(two_cores.accounts._cores, "timeout", 0.01)
     assert post(two_cores).status == 201
     for _ in range(3):
         assert (verify(two_cores).status, verify(two_cores, "x").status) == (200, 403)
@@ -457,7 +457,7 @@ def test_core_is_free_again_after_each_outcome(two_cores, monkeypatch):
 @needs_fork
 @ignores_fork_warning
 def test_child_forked_while_others_hash_has_its_own_cores(two_cores, slow_hash, monkeypatch):
-    monkeypatch.setattr(profiler, "HASH_TIMEOUT", 0.05)
+    monkeypatch.setattr(two_cores.accounts._cores, "timeout", 0.05)
     with ThreadPoolExecutor(2) as threads:
         answers = [
             threads.submit(call, two_cores, "POST", fields={**HARRY, "email": f"{n}@b.c"})
@@ -508,7 +508,7 @@ def test_cores_are_limited_by_the_cpu_quota(monkeypatch, files, expected):
 # -- rate limit ------------------------------------------------------------------------
 
 
-def test_accounts_beyond_the_limit_are_forgotten_least_recently_used_first(
+def test_accounts_beyond_the_limit_are_forgotten_oldest_wrong_password_first(
     application, monkeypatch
 ):
     monkeypatch.setattr(profiler, "MAX_TRACKED", 2)
@@ -517,7 +517,7 @@ def test_accounts_beyond_the_limit_are_forgotten_least_recently_used_first(
     def guess(name):
         return verify(application, "wrong", f"{name}@example.com").status
 
-    assert [guess(name) for name in ("a", "a", "b", "a")] == [403, 403, 403, 429]
+    assert [guess(name) for name in ("a", "b", "a", "a")] == [403, 403, 403, 429]
     assert guess("c") == 403  # b is forgotten, not a
     assert [guess("a"), guess("b"), guess("b"), guess("b")] == [429, 403, 403, 429]
     assert guess("c") == 403
@@ -540,17 +540,20 @@ def test_rate_limit_is_checked_after_waiting_for_a_core(two_cores, monkeypatch):
         assert hashing.acquire(timeout=10)
         go_on.set()
     assert sorted(answer.result().status for answer in answers) == [403] * 10 + [429] * 20
-    assert len(hashed) == 10
+    # The other core may be busy with one more.
+    assert len(hashed) <= 11
 
 
 @needs_fork
 @ignores_fork_warning
 def test_each_process_counts_for_itself(application):
     assert post(application).status == 201
-    for _ in range(profiler.MAX_FAILURES + 1):
-        answer = verify(application, "wrong")
-    assert answer.status == 429
-    assert in_a_fork(lambda: verify(application).status == 200)
+
+    def fail():
+        return [verify(application, "wrong").status for _ in range(profiler.MAX_FAILURES)]
+
+    assert in_a_fork(lambda: fail() == [403] * profiler.MAX_FAILURES)
+    assert verify(application).status == 200
 
 
 # -- lifetime --------------------------------------------------------------------------
