@@ -49,6 +49,7 @@ from binascii import a2b_base64
 from collections import OrderedDict
 from hashlib import pbkdf2_hmac
 from http import HTTPStatus
+from importlib.machinery import SourceFileLoader as FileLoader
 from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 from weakref import WeakSet
@@ -132,42 +133,17 @@ _N = "(?P<n>[1-9][0-9]{0,7})"
 _R = "(?P<r>[1-9][0-9]?)"
 _P = "(?P<p>[1-9][0-9]?)"
 _SALT = "(?P<salt>[^$]{0,1024})"  # passlib's limit
-
-
-def _decode(text: str) -> bytes:
-    """Decode passlib's base64, which has "." for "+" and no padding. Raise ValueError."""
-    return a2b_base64(text.replace(".", "+") + "=" * (-len(text) % 4))
-
-
-# A row has a pattern for the whole hash, and functions that decode its salt and its digest.
-_HASH_FORMATS: tuple[tuple[str, Callable[[str], bytes], Callable[[str], bytes]], ...] = (
+_HASH_FORMATS = (
     # This service, and Werkzeug
-    (
-        rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<digest>[0-9a-f]{{64}})",
-        str.encode,
-        bytes.fromhex,
-    ),
+    rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<hex_digest>[0-9a-f]{{64}})",
     # Werkzeug
-    (rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<digest>[0-9a-f]{{128}})", str.encode, bytes.fromhex),
+    rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<hex_digest>[0-9a-f]{{128}})",
     # Django
-    (
-        rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)",
-        str.encode,
-        a2b_base64,
-    ),
-    # Django
-    (
-        rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)",
-        str.encode,
-        a2b_base64,
-    ),
-    # passlib
-    (
-        rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<salt>[0-9A-Za-z./]{{0,1368}})"
-        r"\$(?P<digest>[0-9A-Za-z./]{43})",
-        _decode,
-        _decode,
-    ),
+    rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)",
+    rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)",
+    # passlib, whose base64 has "." for "+" and no padding
+    rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<base64_salt>[0-9A-Za-z./]{{0,1368}})"
+    r"\$(?P<digest>[0-9A-Za-z./]{43})",
 )
 
 
@@ -209,25 +185,36 @@ def parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes] | N
 
     Return None if passwords cannot be verified with this hash here.
     """
-    for pattern, decode_salt, decode_digest in _HASH_FORMATS:
+    for pattern in _HASH_FORMATS:
         match = re.fullmatch(pattern, password_hash)
         if match:
+            fields = match.groupdict()
             try:
-                salt = decode_salt(match["salt"])
-                return _make_derivation(match, salt), decode_digest(match["digest"])
+                if "base64_salt" in fields:
+                    salt = _decode(fields["base64_salt"])
+                else:
+                    salt = fields["salt"].encode()
+                if "hex_digest" in fields:
+                    digest = bytes.fromhex(fields["hex_digest"])
+                else:
+                    digest = _decode(fields["digest"])
+                return _make_derivation(fields, salt), digest
             except ValueError:
                 return None
     return None
 
 
-def _make_derivation(match: re.Match[str], salt: bytes) -> Callable[[bytes], bytes]:
+def _decode(text: str) -> bytes:
+    """Decode base64, also passlib's. Raise ValueError."""
+    return a2b_base64(text.replace(".", "+") + "=" * (-len(text) % 4))
+
+
+def _make_derivation(fields: dict[str, str], salt: bytes) -> Callable[[bytes], bytes]:
     """Return a function that derives a digest from a password. Raise ValueError."""
-    if "iterations" in match.re.groupindex:
-        iterations = parse_number(match["iterations"], "iterations", 1, MAX_ITERATIONS)
+    if "iterations" in fields:
+        iterations = parse_number(fields["iterations"], "iterations", 1, MAX_ITERATIONS)
         return lambda password: pbkdf2_hmac("sha256", password, salt, iterations)
-    n = int(match["n"])
-    r = int(match["r"])
-    p = int(match["p"])
+    n, r, p = [int(fields[name]) for name in "nrp"]
     # n must be a power of two and less than 2**(16 * r) (RFC 7914 2).
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
@@ -241,7 +228,7 @@ def _make_derivation(match: re.Match[str], salt: bytes) -> Callable[[bytes], byt
 
 def needs_rehash(password_hash: str, iterations: int) -> bool:
     """Return True if a hash has another format than ours, or fewer iterations."""
-    match = re.fullmatch(_HASH_FORMATS[0][0], password_hash)
+    match = re.fullmatch(_HASH_FORMATS[0], password_hash)
     return match is None or int(match["iterations"]) < iterations
 
 
@@ -289,6 +276,9 @@ class Busy(Unavailable):
     """The service is busy. The same call may succeed in a moment."""
 
 
+# Connections that a parent process was using at a fork. They must not be closed here, not
+# even by the garbage collector (sqlite.org/howtocorrupt.html, 2.6).
+_inherited: list[sqlite3.Connection | None] = []
 _fork_listeners: WeakSet[Any] = WeakSet()
 
 
@@ -346,9 +336,7 @@ class Limiter:
         self.lock = self._make_lock()
         self._places = threading.BoundedSemaphore(self._max_waiting)
 
-    def after_fork_in_child(self) -> None:
-        """Start anew."""
-        self.reset()
+    after_fork_in_child = reset
 
     def __enter__(self) -> None:
         if self.lock.acquire(blocking=False):
@@ -371,7 +359,6 @@ class SharedConnection(Limiter):
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
         self._held: list[threading.Lock] = []
-        self._inherited: list[sqlite3.Connection | None] = []
         super().__init__("the database", max_waiting)
 
     def close(self) -> None:
@@ -395,9 +382,7 @@ class SharedConnection(Limiter):
 
     def after_fork_in_child(self) -> None:
         """Start without a connection."""
-        # A connection that was busy is still open. It must not be closed here, not even by
-        # the garbage collector (sqlite.org/howtocorrupt.html, 2.6). So keep it.
-        self._inherited.append(self.connection)
+        _inherited.append(self.connection)
         self.connection = None
         self._held.clear()
         self.reset()
@@ -499,10 +484,11 @@ class Database:
         folder = os.path.dirname(self.location)
         if not os.path.isdir(folder):
             raise Unavailable(f"create the folder {folder}")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise Unavailable(f"this user may not write to the folder {folder}")
-        for path in (self.location, f"{self.location}-wal", f"{self.location}-shm"):
-            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+        needed = {folder: os.W_OK | os.X_OK}
+        for suffix in ("", "-wal", "-shm"):
+            needed[self.location + suffix] = os.R_OK | os.W_OK
+        for path, mode in needed.items():
+            if os.path.exists(path) and not os.access(path, mode):
                 raise Unavailable(f"this user may not read and write {path}")
 
     def backup(self, path: str) -> None:
@@ -516,7 +502,7 @@ class Database:
         path = os.path.abspath(path)
         part = f"{path}.{os.urandom(4).hex()}.part"
         try:
-            taken = [f"{self.location}{suffix}" for suffix in ("-journal", "-wal", "-shm")]
+            taken = [self.location + suffix for suffix in ("-journal", "-wal", "-shm")]
             if os.path.lexists(path) or path in taken:
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
@@ -527,7 +513,7 @@ class Database:
             # Not _connect(): a copy changes nothing in its source.
             with contextlib.closing(self._open()) as connection:
                 _execute(connection, "VACUUM INTO ?", (part,))
-            _sync(part)
+            _sync(part, os.O_RDWR)
             _publish(part, path)
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
@@ -548,6 +534,7 @@ class Database:
 
         Raise sqlite3.Error, Unavailable, OSError.
         """
+        self.check_files()
         self._create_file()
         connection = self._open()
         try:
@@ -584,7 +571,6 @@ class Database:
 
         Raise Unavailable, OSError.
         """
-        self.check_files()
         if not os.path.exists(self.location):
             # If there is no schema, fail before there is an empty file.
             self._read_schema()
@@ -654,18 +640,16 @@ def read_file(name: str) -> bytes:
 
     It is next to the module, in a wheel or in a zip archive.
     """
-    # A script, and a module that mod_wsgi loads, have no spec.
-    spec = globals().get("__spec__")
+    # mod_wsgi loads a module without a loader.
+    loader = globals().get("__loader__")
+    get_data = getattr(loader, "get_data", FileLoader("", "").get_data)
     # If the module is a symbolic link, look next to its target, too.
     for module in (__file__, os.path.realpath(__file__)):
         here = os.path.dirname(module)
         # A wheel has the files in a folder, where no other package overwrites them.
         for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
             with contextlib.suppress(OSError):
-                if spec is not None and hasattr(spec.loader, "get_data"):
-                    return bytes(spec.loader.get_data(path))
-                with open(path, "rb") as file:
-                    return file.read()
+                return bytes(get_data(path))
     here = os.path.dirname(os.path.abspath(__file__))
     raise FileNotFoundError(f"{name} is missing: copy it to {here}, next to this module")
 
@@ -719,11 +703,13 @@ def _can_map_files(folder: str) -> bool:
     return not is_refused
 
 
-def _sync(path: str) -> None:
-    """Write a file to the disk. Raise OSError."""
-    # Windows needs a file that is open for writing.
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def _sync(path: str, flags: int) -> None:
+    """Write a file or a folder to the disk. Raise OSError."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _publish(old: str, new: str) -> None:
@@ -738,11 +724,7 @@ def _publish(old: str, new: str) -> None:
         os.rename(old, new)
     # Write the name to the disk, too, where the system can open and sync a folder.
     with contextlib.suppress(OSError):
-        folder = os.open(os.path.dirname(new), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(os.path.dirname(new), os.O_RDONLY)
 
 
 # -- users -----------------------------------------------------------------------------
@@ -790,17 +772,14 @@ class Storage(Protocol):
     def reads_may_wait(self) -> bool:
         """True if get, ping or a page of at most SHORT_PAGE users may have to wait."""
 
-    def find(self, email: str) -> tuple[int, str] | None:
-        """Return the id and the password hash of the user with an email, or None.
+    def find_credentials(self, key: int | str) -> tuple[int, str] | None:
+        """Return the id and the password hash of the user with an id or an email, or None.
 
         The email may be any text without lone surrogates.
         """
 
     def get(self, user_id: int) -> bytes:
         """Return a user. Raise NoSuchUser."""
-
-    def get_password_hash(self, user_id: int) -> str:
-        """Return a user's password hash. Raise NoSuchUser."""
 
     def page(
         self,
@@ -945,7 +924,7 @@ FROM page
 """
 
 
-class Users:
+class Users(Database):
     """The users in an SQLite file: a Storage.
 
     SQLite produces the JSON, so a read builds no objects in Python.
@@ -959,41 +938,33 @@ class Users:
         """
         if path is None:
             path = os.environ.get("PROFILER_DATABASE") or DATABASE
-        self.database = database = Database(os.fsdecode(path), "user", _read_schema)
-        self.location = database.location
+        super().__init__(os.fsdecode(path), "user", _read_schema)
         self.failures = Failures()
         # Reads of a few rows have a connection of their own, so that they never wait for
         # lookups of a login, for pages of long lists, or for searches.
-        self._read_connection = database.add_connection()
-        self._lookup_connection = database.add_connection()
-        self._list_connection = database.add_connection()
-        self._search_connection = database.add_connection(MAX_SEARCHES)
+        self._read_connection = self.add_connection()
+        self._lookup_connection = self.add_connection()
+        self._list_connection = self.add_connection()
+        self._search_connection = self.add_connection(MAX_SEARCHES)
 
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        return self.database.read_may_wait(self._read_connection)
+        return self.read_may_wait(self._read_connection)
 
-    def find(self, email: str) -> tuple[int, str] | None:
+    def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
-        statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE email = ? COLLATE NOCASE'
-        rows = self.database.read(self._lookup_connection, statement, (email,))
+        condition = "id = ?" if isinstance(key, int) else "email = ? COLLATE NOCASE"
+        statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE {condition}'
+        rows = self.read(self._lookup_connection, statement, (key,))
         return (rows[0][0], str(rows[0][1], "utf-8", "replace")) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
-        rows = self.database.read(self._read_connection, _GET, (user_id,))
+        rows = self.read(self._read_connection, _GET, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_utf8(rows[0][0])
-
-    def get_password_hash(self, user_id: int) -> str:
-        """See Storage."""
-        statement = f'SELECT {_PASSWORD} FROM "user" WHERE id = ?'
-        rows = self.database.read(self._lookup_connection, statement, (user_id,))
-        if not rows:
-            raise NoSuchUser
-        return str(rows[0][0], "utf-8", "replace")
 
     def page(
         self,
@@ -1019,7 +990,7 @@ class Users:
         else:
             is_short = limit <= SHORT_PAGE
             connection = self._read_connection if is_short else self._list_connection
-        [(users, last, more)] = self.database.read(connection, statement, parameters)
+        [(users, last, more)] = self.read(connection, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
@@ -1035,7 +1006,7 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
             "email": email,
             "password_hash": password_hash,
         }
-        with self.database.transaction() as connection:
+        with self.transaction() as connection:
             cursor = connection.execute(statement, fields)
             if cursor.rowcount == 0:
                 raise EmailTaken
@@ -1050,7 +1021,7 @@ WHERE id = :id
     AND NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE AND id <> :id)
 """
         parameters = {**dict.fromkeys(PROFILE), **fields, "id": user_id}
-        with self.database.transaction() as connection:
+        with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
             if connection.execute(statement, parameters).rowcount == 0:
                 exists = connection.execute(_GET, (user_id,)).fetchall()
@@ -1058,7 +1029,7 @@ WHERE id = :id
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
         """See Storage."""
-        with self.database.transaction() as connection:
+        with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
             connection.execute('DELETE FROM "user" WHERE id = ?', (user_id,))
 
@@ -1071,41 +1042,33 @@ UPDATE "user" SET password = :new
 WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 """
         parameters = {"id": user_id, "expected": expected, "new": new}
-        with self.database.transaction() as connection:
+        with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
             return connection.execute(statement, parameters).rowcount > 0
 
     def count(self) -> int:
         """See Storage."""
-        [(count,)] = self.database.read(self._list_connection, 'SELECT count(*) FROM "user"')
+        [(count,)] = self.read(self._list_connection, 'SELECT count(*) FROM "user"')
         return int(count)
 
     def ping(self) -> None:
         """See Storage."""
-        self.database.check_files()
-        self.database.check_access()
-        self.database.read(self._read_connection, f'SELECT {_USER}, password FROM "user" LIMIT 1')
+        self.check_files()
+        self.check_access()
+        self.read(self._read_connection, f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
-        with self.database.transaction() as connection:
+        with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
                 raise FileExistsError(f"the table holds users ({count}): --force deletes them")
             if force:
                 connection.execute('DROP TABLE "user"')
                 connection.execute(_read_schema())
-        created = force or self.database.created_table
-        self.database.created_table = False
+        created = force or self.created_table
+        self.created_table = False
         return created
-
-    def backup(self, path: str) -> None:
-        """See Storage."""
-        self.database.backup(path)
-
-    def close(self) -> None:
-        """See Storage."""
-        self.database.close()
 
 
 def _read_schema() -> str:
@@ -1205,6 +1168,12 @@ def check_field(name: str, value: object) -> str:
     raise InvalidField(f"{name} {problem}")
 
 
+def check_fields(**fields: str) -> None:
+    """Raise InvalidField unless all values may be stored."""
+    for name, value in fields.items():
+        check_field(name, value)
+
+
 class Accounts:
     """The rules of accounts, on a storage of users. Any number of threads may call it.
 
@@ -1246,18 +1215,13 @@ class Accounts:
         :raises InvalidField: if a value is not allowed
         :raises EmailTaken: if another user has the email
         """
-        profile = (
-            check_field("first_name", first_name),
-            check_field("last_name", last_name),
-            check_field("email", email),
-        )
-        check_field("password", password)
+        check_fields(first_name=first_name, last_name=last_name, email=email, password=password)
         # Do not hash for an email that is taken. Only the insert decides whether it is free.
-        if self.users.find(email):
+        if self.users.find_credentials(email):
             raise EmailTaken
         with self._cores:
             password_hash = hash_password(password, self.iterations)
-        return self.users.insert(*profile, password_hash)
+        return self.users.insert(first_name, last_name, email, password_hash)
 
     def import_user(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """Store a new user with a password that is hashed already.
@@ -1267,12 +1231,13 @@ class Accounts:
         :raises InvalidField: if a value is not allowed
         :raises EmailTaken: if another user has the email
         """
-        return self.users.insert(
-            check_field("first_name", first_name),
-            check_field("last_name", last_name),
-            check_field("email", email),
-            check_field("password_hash", password_hash),
+        check_fields(
+            first_name=first_name,
+            last_name=last_name,
+            email=email,
+            password_hash=password_hash,
         )
+        return self.users.insert(first_name, last_name, email, password_hash)
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
         """Change names and email of a user.
@@ -1283,10 +1248,10 @@ class Accounts:
         :raises NoSuchUser: if no user has the id
         :raises EmailTaken: if another user has the email
         """
-        for name, value in fields.items():
+        for name in fields:
             if name not in PROFILE:
                 raise InvalidField(f"{name} must be one of {', '.join(PROFILE)}")
-            check_field(name, value)
+        check_fields(**fields)
         self.users.update(user_id, fields, guard)
 
     def verify(self, email: str, password: str) -> int:
@@ -1300,7 +1265,7 @@ class Accounts:
         check_text("email", email)
         check_text("password", password)
         while True:
-            found = self.users.find(email)
+            found = self.users.find_credentials(email)
             # bytes.lower() changes ASCII letters only.
             unknown = hashlib.sha256(email.encode().lower()).digest()
             account, password_hash = found or (unknown, self._dummy_hash)
@@ -1317,7 +1282,7 @@ class Accounts:
                 if new_hash and self.users.replace_password_hash(user_id, password_hash, new_hash):
                     return user_id
             # During the hash, the user may have been deleted, or the password changed.
-            if self.users.find(email) == found:
+            if self.users.find_credentials(email) == found:
                 return user_id
 
     def change_password(
@@ -1337,7 +1302,10 @@ class Accounts:
         is_replaced = False
         # If another request has replaced the hash meanwhile, check the old password again.
         while not is_replaced:
-            password_hash = self.users.get_password_hash(user_id)
+            found = self.users.find_credentials(user_id)
+            if found is None:
+                raise NoSuchUser
+            password_hash = found[1]
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
@@ -1353,7 +1321,8 @@ class Accounts:
         """
         check_field("new_password", new_password)
         # Do not hash for a user who does not exist.
-        self.users.get_password_hash(user_id)
+        if self.users.find_credentials(user_id) is None:
+            raise NoSuchUser
         with self._cores:
             new_hash = hash_password(new_password, self.iterations)
         if not self.users.replace_password_hash(user_id, None, new_hash, guard):
@@ -1376,7 +1345,9 @@ class Accounts:
         # Concurrent attempts may have used up those that are allowed. Then the answer is no.
         if not (is_right and is_usable):
             failures.add(account)
-            problem = f"the password hash of user {account} is malformed or cannot be verified here"
+            problem = (
+                f"the password hash of user {account!r} is malformed or cannot be verified here"
+            )
             raise WrongPassword("" if is_usable else problem)
         if failures.check(account, is_final=True):
             failures.clear(account)
@@ -1615,8 +1586,8 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text:
         return 200, _stream_users(accounts.users, page, last, descending), (JSON_TYPE,)
-    following: dict[str, object] = {"limit": limit, "after": last}
-    following.update((name, query[name]) for name in ("sort", "email", "q") if name in query)
+    following = {"limit": limit, "after": last, **query}
+    following.update(limit=limit, after=last)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
 
@@ -1925,18 +1896,18 @@ def create_app(
 
 def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
     """Return a WSGI callable that creates its application at the first request."""
-    created: dict[str, Application] = {}
+    created: list[Application] = []
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Respond as create() does. Raise ValueError for an invalid setting.
 
         Servers answer 500 then, and log the message.
         """
-        if "app" not in created:
-            # Two first requests may both create an application, which opens nothing.
-            # setdefault keeps one of them: it is atomic.
-            created.setdefault("app", create())
-        return created["app"](environ, start_response)
+        # Two first requests may both create an application, which opens nothing. All use the
+        # first one.
+        if not created:
+            created.append(create())
+        return created[0](environ, start_response)
 
     return application
 
@@ -2847,13 +2818,12 @@ def _read_tokens(path: str) -> str:
 
 def _list_signals() -> list[signal.Signals]:
     """Return the signals that stop the server."""
-    signals = [signal.SIGTERM, signal.SIGINT]
-    # Ctrl-Break, on Windows
-    if hasattr(signal, "SIGBREAK"):
-        signals.append(signal.SIGBREAK)
+    # Only Windows has SIGBREAK, and it has no SIGHUP.
+    names = ("SIGTERM", "SIGINT", "SIGBREAK", "SIGHUP")
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # nohup ignores SIGHUP.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
+    if signal.getsignal(signals[-1]) == signal.SIG_IGN:
+        signals.pop()
     return signals
 
 

@@ -530,10 +530,11 @@ class SQLAlchemyUsers:
         self._places = _limit("a connection to the database", POOL_SIZE)
         profiler.call_at_fork(self)
 
-    def find(self, email: str) -> tuple[int, str] | None:
+    def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See profiler.Storage."""
-        statement = f"SELECT id, password FROM {self._dialect.table} WHERE email_key = %s"
-        rows = self._read(statement, (_fold(email),))
+        column, value = ("id", key) if isinstance(key, int) else ("email_key", _fold(key))
+        statement = f"SELECT id, password FROM {self._dialect.table} WHERE {column} = %s"
+        rows = self._read(statement, (value,))
         return rows[0] if rows else None
 
     def get(self, user_id: int) -> bytes:
@@ -542,13 +543,6 @@ class SQLAlchemyUsers:
         if not rows:
             raise NoSuchUser
         return _to_json(rows)
-
-    def get_password_hash(self, user_id: int) -> str:
-        """See profiler.Storage."""
-        rows = self._read(f"SELECT password FROM {self._dialect.table} WHERE id = %s", (user_id,))
-        if not rows:
-            raise NoSuchUser
-        return str(rows[0][0])
 
     def page(
         self,
@@ -701,7 +695,7 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
             yield
         except Unavailable as error:
             if email and _code(error.__cause__) in DUPLICATE_KEY:
-                owner = self.find(email)
+                owner = self.find_credentials(email)
                 if owner and owner[0] != user_id:
                     raise EmailTaken from None
             raise

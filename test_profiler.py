@@ -74,8 +74,8 @@ def test_create_stores_the_fields_and_ignores_others(client):
 
 def test_create_stores_a_hash_of_the_password(client, accounts, users):
     client.post_json("/users/", HARRY)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
-    assert profiler.verify_password(users.get_password_hash(1), "1234")
+    assert users.find_credentials(1)[1].startswith(f"pbkdf2:sha256:{accounts.iterations}$")
+    assert profiler.verify_password(users.find_credentials(1)[1], "1234")
 
 
 def test_ids_are_not_reused(client):
@@ -175,15 +175,15 @@ def test_user_imported_with_foreign_hash_keeps_the_password(client, name):
 def test_foreign_hash_is_replaced_after_successful_verification(client, accounts, users, name):
     client.post_json("/users/", {**PROFILE, "password_hash": FOREIGN[name]})
     client.post_json("/users/verify/", HARRY, status=403)
-    assert users.get_password_hash(1) == FOREIGN[name]
+    assert users.find_credentials(1)[1] == FOREIGN[name]
     client.post_json("/users/verify/", {**HARRY, "password": "swordfish"}, status=200)
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
+    assert users.find_credentials(1)[1].startswith(f"pbkdf2:sha256:{accounts.iterations}$")
 
 
 def test_imported_hash_in_own_format_is_kept(client, users):
     client.post_json("/users/", {**PROFILE, "password_hash": WERKZEUG}, status=201)
     client.post_json("/users/verify/", {**HARRY, "password": "swordfish"}, status=200)
-    assert users.get_password_hash(1) == WERKZEUG
+    assert users.find_credentials(1)[1] == WERKZEUG
 
 
 @pytest.mark.parametrize("password_hash", [FOREIGN["django scrypt"], WERKZEUG])
@@ -250,12 +250,15 @@ def test_get_unknown_id_returns_404(client):
 
 def test_put_changes_names_and_email_only(client, users):
     client.post_json("/users/", HARRY)
-    user, password_hash = client.get("/users/1/").json, users.get_password_hash(1)
+    user, password_hash = client.get("/users/1/").json, users.find_credentials(1)[1]
     assert client.put_json(
         "/users/1/", {**RON, "password": ["ignored"], "password_hash": WERKZEUG}
     ).json == {"id": 1}
     expected = {**user, "first_name": "Ron", "last_name": "Weasley", "email": "ron@example.com"}
-    assert (client.get("/users/1/").json, users.get_password_hash(1)) == (expected, password_hash)
+    assert (client.get("/users/1/").json, users.find_credentials(1)[1]) == (
+        expected,
+        password_hash,
+    )
 
 
 def test_put_changes_one_user_only(client, users):
@@ -294,10 +297,10 @@ def test_update_of_unknown_id_returns_404_even_if_the_email_is_taken(application
 @pytest.mark.parametrize("name", PROFILE)
 def test_patch_changes_the_given_field_only(client, users, name):
     client.post_json("/users/", HARRY)
-    user, password_hash = client.get("/users/1/").json, users.get_password_hash(1)
+    user, password_hash = client.get("/users/1/").json, users.find_credentials(1)[1]
     assert client.patch_json("/users/1/", {name: RON[name]}, status=200).json == {"id": 1}
     assert client.get("/users/1/").json == {**user, name: RON[name]}
-    assert users.get_password_hash(1) == password_hash
+    assert users.find_credentials(1)[1] == password_hash
 
 
 def test_patch_may_change_several_fields(client):
@@ -316,9 +319,9 @@ def test_patch_may_change_several_fields(client):
 )
 def test_patch_without_fields_of_a_profile_changes_nothing(client, users, fields):
     client.post_json("/users/", HARRY)
-    user, password_hash = client.get("/users/1/").json, users.get_password_hash(1)
+    user, password_hash = client.get("/users/1/").json, users.find_credentials(1)[1]
     client.patch_json("/users/1/", fields, status=200)
-    assert (client.get("/users/1/").json, users.get_password_hash(1)) == (user, password_hash)
+    assert (client.get("/users/1/").json, users.find_credentials(1)[1]) == (user, password_hash)
 
 
 def test_empty_patch_of_unknown_id_returns_404(client):
@@ -508,7 +511,7 @@ def test_reset_during_a_password_change_wins(application, users, monkeypatch):
         lambda *_: users.replace_password_hash(1, None, theirs) and "the change's",
     )
     assert change(application, "1234", "ours").status == 403
-    assert users.get_password_hash(1) == theirs
+    assert users.find_credentials(1)[1] == theirs
 
 
 def test_change_during_a_reset_is_overwritten(application, users, monkeypatch):
@@ -520,7 +523,7 @@ def test_change_during_a_reset_is_overwritten(application, users, monkeypatch):
         lambda *_: users.replace_password_hash(1, None, "theirs") and ours,
     )
     assert reset(application, "ours").status == 204
-    assert users.get_password_hash(1) == ours
+    assert users.find_credentials(1)[1] == ours
 
 
 def test_user_deleted_during_a_reset_returns_404(application, users, monkeypatch):
@@ -655,9 +658,9 @@ def test_login_beside_one_that_replaces_the_hash_succeeds(application, users, mo
 def test_hash_with_fewer_iterations_is_replaced_after_verification(application, accounts, users):
     users.insert("H", "P", "harry@example.com", weak := profiler.hash_password("1234", 1))
     assert verify(application, "x").status == 403
-    assert users.get_password_hash(1) == weak
+    assert users.find_credentials(1)[1] == weak
     assert verify(application).status == 200
-    assert users.get_password_hash(1).startswith(f"pbkdf2:sha256:{accounts.iterations}$")
+    assert users.find_credentials(1)[1].startswith(f"pbkdf2:sha256:{accounts.iterations}$")
     assert verify(application).status == 200
 
 
@@ -669,7 +672,7 @@ def test_hash_that_was_replaced_during_verification_is_verified_anew(
     theirs, replace = profiler.hash_password(password, ITERATIONS), users.replace_password_hash
     monkeypatch.setattr(profiler, "hash_password", lambda *_: replace(1, weak, theirs) and "ours")
     assert verify(application).status == status
-    assert users.get_password_hash(1) == theirs
+    assert users.find_credentials(1)[1] == theirs
 
 
 def test_verify_succeeds_even_if_the_new_hash_cannot_be_stored(application, users, monkeypatch):
@@ -833,10 +836,10 @@ WRITES = {
 @pytest.mark.parametrize("condition", [{"HTTP_IF_MATCH": '"other"'}, {"HTTP_IF_NONE_MATCH": "*"}])
 def test_false_precondition_returns_412_and_changes_nothing(application, users, name, condition):
     post(application)
-    before = users.get(1), users.get_password_hash(1)
+    before = users.get(1), users.find_credentials(1)[1]
     answer = WRITES[name][0](application, **condition)
     assert (answer.status, list(answer.json)) == (412, ["error"])
-    assert (users.get(1), users.get_password_hash(1)) == before
+    assert (users.get(1), users.find_credentials(1)[1]) == before
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -1382,7 +1385,7 @@ def test_passwords_and_hashes_are_neither_returned_nor_logged(application, users
         call(application, method, path_info, fields=fields)
         for method, path_info, fields in requests
     ]
-    secrets = ["swordfish", "tuna fish", users.get_password_hash(1).split("$")[2]]
+    secrets = ["swordfish", "tuna fish", users.find_credentials(1)[1].split("$")[2]]
     for name in ("create", "update", "verify", "change_password", "reset_password"):
         monkeypatch.setattr(application.accounts, name, lambda *_, **__: 1 / 0)
     failed = [

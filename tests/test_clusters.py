@@ -20,7 +20,6 @@ import servers
 from conftest import HARRY, ITERATIONS, call, post
 from servers import database_of
 
-import profiler
 import profiler_sqlalchemy
 
 pytestmark = pytest.mark.cluster

@@ -133,7 +133,7 @@ def test_new_file_behind_a_symbolic_link_is_readable_by_its_owner_only(tmp_path)
 def test_wal_mode_with_every_commit_synced(application, users, path):
     assert users.count() == 0
     assert execute(path, "PRAGMA journal_mode") == [("wal",)]
-    with users.database.transaction() as connection:
+    with users.transaction() as connection:
         assert connection.execute("PRAGMA synchronous").fetchall() == [(3,)]  # EXTRA
 
 
@@ -387,7 +387,7 @@ def test_missing_schema_sql_is_named(tmp_path):
 
 
 def test_failed_transaction_is_rolled_back(application, users):
-    with pytest.raises(ZeroDivisionError), users.database.transaction() as connection:
+    with pytest.raises(ZeroDivisionError), users.transaction() as connection:
         connection.execute(INSERT)
         raise ZeroDivisionError
     assert users.count() == 0
@@ -458,7 +458,7 @@ def test_locked_database_returns_503_and_logs_one_line(application, path, short_
 def test_write_that_waits_too_long_for_another_thread_returns_503(
     application, users, short_timeouts
 ):
-    with users.database.transaction():
+    with users.transaction():
         answer = write(application)
     assert (answer.status, answer.headers["Retry-After"], answer.errors.count("\n")) == (
         503,
@@ -757,7 +757,7 @@ def test_daemon_whose_parent_ended_loses_no_write(application, path):
 @ignores_fork_warning
 def test_child_forked_during_a_transaction_can_read(application, users):
     assert users.count() == 0
-    with users.database.transaction(), users._read_connection.lock:
+    with users.transaction(), users._read_connection.lock:
         assert in_a_fork(lambda: call(application).status == 200)
 
 

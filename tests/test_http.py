@@ -369,11 +369,11 @@ def test_invalid_field_is_refused_without_http(accounts, name, value, problem):
 )
 def test_each_rule_of_accounts_checks_its_fields(accounts, method, arguments, message):
     assert accounts.create(**HARRY) == 1
-    user, password_hash = accounts.users.get(1), accounts.users.get_password_hash(1)
+    user, password_hash = accounts.users.get(1), accounts.users.find_credentials(1)[1]
     with pytest.raises(profiler.InvalidField, match=f"^{message}"):
         getattr(accounts, method)(*arguments)
     assert accounts.users.count() == 1
-    assert (accounts.users.get(1), accounts.users.get_password_hash(1)) == (user, password_hash)
+    assert (accounts.users.get(1), accounts.users.find_credentials(1)[1]) == (user, password_hash)
 
 
 # -- preconditions ---------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_full_disk_does_not_end_wal_mode(path, monkeypatch):
 def test_without_wal_every_commit_is_synced_with_its_folder(application, users):
     """Otherwise a power loss could bring back the journal of an acknowledged write."""
     assert post(application).status == 201
-    with users.database.transaction() as connection:
+    with users.transaction() as connection:
         assert connection.execute("PRAGMA journal_mode").fetchall() == [(b"delete",)]
         assert connection.execute("PRAGMA synchronous").fetchall() == [(3,)]  # EXTRA
 

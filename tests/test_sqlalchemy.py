@@ -1386,7 +1386,7 @@ def test_guard_that_raises_leaves_the_user_unchanged(server, url, application):
         with pytest.raises(ZeroDivisionError):
             change(lambda current: 1 / 0)
     assert b'"First1"' in application.users.get(1)
-    assert application.users.get_password_hash(1) == "x"
+    assert application.users.find_credentials(1)[1] == "x"
 
 
 # -- wrong passwords -------------------------------------------------------------------
