@@ -664,12 +664,14 @@ def _execute(
 
     Give up after `timeout` seconds, by default BUSY_TIMEOUT. Raise sqlite3.Error.
     """
-    deadline = time.monotonic() + (BUSY_TIMEOUT if timeout is None else timeout)
+    deadline = None
     while True:
         try:
             return connection.execute(statement, parameters)
         except sqlite3.OperationalError as error:
-            if "is locked" not in str(error) or time.monotonic() > deadline:
+            now = time.monotonic()
+            deadline = deadline or now + (BUSY_TIMEOUT if timeout is None else timeout)
+            if "is locked" not in str(error) or now > deadline:
                 raise
         # SQLite's own busy handler sleeps up to 100 ms between attempts, so it would lose to
         # writers that try more often.
@@ -1596,7 +1598,8 @@ def get_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Resp
     """Return 200 with the user, or 304 if the client has the same."""
     user = accounts.users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    if evaluate_preconditions(environ, user):
+    guard = make_guard(environ)
+    if guard and guard(user):
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON_TYPE, entity_tag)
 
