@@ -49,7 +49,7 @@ from binascii import a2b_base64
 from collections import OrderedDict
 from hashlib import pbkdf2_hmac
 from http import HTTPStatus
-from importlib.machinery import SourceFileLoader as FileLoader
+from importlib.machinery import SourceFileLoader
 from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 from weakref import WeakSet
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     # A check that a write calls inside its transaction. The argument is the JSON of the
     # user, or None if there is no such user. If the guard raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
-    Path = Union[str, bytes, os.PathLike[str]]
+    StrOrBytesPath = Union[str, bytes, os.PathLike[str]]
     Steps = Generator[Any, Any, Any]
 
 __all__ = [
@@ -105,7 +105,7 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on a page that need not wait, and in the first part of a list
+SHORT_PAGE = 100  # users on the longest page that need not wait, and in the first part of a list
 BATCH = 500  # users in each further part of a list, and on a page of a search
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
@@ -128,21 +128,21 @@ MAX_ITERATIONS = 10_000_000  # about 2-3 s on one core
 MAX_SCRYPT_COST = 2**20  # n * r * p, 128 MiB: OWASP's costliest setting (2**17, 8, 1)
 SALT_BYTES = 16  # 128 bits: NIST SP 800-132 5.1
 
-_ITERATIONS = "(?P<iterations>[1-9][0-9]{0,7})"
+_COST = "(?P<iterations>[1-9][0-9]{0,7})"
 _N = "(?P<n>[1-9][0-9]{0,7})"
 _R = "(?P<r>[1-9][0-9]?)"
 _P = "(?P<p>[1-9][0-9]?)"
 _SALT = "(?P<salt>[^$]{0,1024})"  # passlib's limit
 _HASH_FORMATS = (
     # This service, and Werkzeug
-    rf"pbkdf2:sha256:{_ITERATIONS}\${_SALT}\$(?P<hex_digest>[0-9a-f]{{64}})",
+    rf"pbkdf2:sha256:{_COST}\${_SALT}\$(?P<hex_digest>[0-9a-f]{{64}})",
     # Werkzeug
     rf"scrypt:{_N}:{_R}:{_P}\${_SALT}\$(?P<hex_digest>[0-9a-f]{{128}})",
     # Django
-    rf"pbkdf2_sha256\${_ITERATIONS}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)",
+    rf"pbkdf2_sha256\${_COST}\${_SALT}\$(?P<digest>[0-9A-Za-z+/]{{43}}=)",
     rf"scrypt\${_N}\${_SALT}\${_R}\${_P}\$(?P<digest>[0-9A-Za-z+/]{{86}}==)",
     # passlib, whose base64 has "." for "+" and no padding
-    rf"\$pbkdf2-sha256\${_ITERATIONS}\$(?P<base64_salt>[0-9A-Za-z./]{{0,1368}})"
+    rf"\$pbkdf2-sha256\${_COST}\$(?P<base64_salt>[0-9A-Za-z./]{{0,1368}})"
     r"\$(?P<digest>[0-9A-Za-z./]{43})",
 )
 
@@ -264,7 +264,7 @@ MIN_DATABASE = 512  # bytes: SQLite's smallest page
 
 
 class Unavailable(Exception):
-    """The database is unavailable: missing, read-only, full or failing.
+    """The service is unavailable, because the database is missing, read-only, full or failing.
 
     The message is for the operator. Clients may try again after `retry_after` seconds.
     """
@@ -426,7 +426,7 @@ class Database:
         self._shared.append(SharedConnection(max_waiting))
         return self._shared[-1]
 
-    def read_may_wait(self, shared: SharedConnection) -> bool:
+    def may_wait_for(self, shared: SharedConnection) -> bool:
         """Return True if a read may have to wait: to open the file, or for a writer."""
         return shared.connection is None or not self._is_wal
 
@@ -502,8 +502,8 @@ class Database:
         path = os.path.abspath(path)
         part = f"{path}.{os.urandom(4).hex()}.part"
         try:
-            taken = [self.location + suffix for suffix in ("-journal", "-wal", "-shm")]
-            if os.path.lexists(path) or path in taken:
+            reserved = [self.location + suffix for suffix in ("-journal", "-wal", "-shm")]
+            if os.path.lexists(path) or path in reserved:
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
                 )
@@ -642,7 +642,7 @@ def read_file(name: str) -> bytes:
     """
     # mod_wsgi loads a module without a loader.
     loader = globals().get("__loader__")
-    get_data = getattr(loader, "get_data", FileLoader("", "").get_data)
+    get_data = getattr(loader, "get_data", SourceFileLoader("", "").get_data)
     # If the module is a symbolic link, look next to its target, too.
     for module in (__file__, os.path.realpath(__file__)):
         here = os.path.dirname(module)
@@ -694,13 +694,14 @@ def _can_map_files(folder: str) -> bool:
     path = os.path.join(folder, f".{os.urandom(8).hex()}.profiler")
     is_refused = False
     # If no file can be created, a later check says so better.
+    with contextlib.suppress(OSError), open(path, "xb+") as file:
+        file.write(b"x")
+        file.flush()
+        try:
+            mmap.mmap(file.fileno(), 1).close()
+        except OSError:
+            is_refused = True
     with contextlib.suppress(OSError):
-        with open(path, "xb+") as file:
-            file.truncate(1)
-            try:
-                mmap.mmap(file.fileno(), 1).close()
-            except OSError:
-                is_refused = True
         os.unlink(path)
     return not is_refused
 
@@ -732,7 +733,7 @@ def _publish(old: str, new: str) -> None:
 # -- users -----------------------------------------------------------------------------
 # The storage: a table of users in SQLite. To write another storage, implement `Storage`.
 
-MAX_SEARCHES = 64  # searches that wait for another one: a quarter of the server's WORKERS
+MAX_WAITING_SEARCHES = 64  # searches that wait for another one: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures. OWASP ASVS 6.3.1 asks for a
 # limit of this kind.
@@ -841,7 +842,7 @@ class Storage(Protocol):
         """Close all connections. The next call opens new ones."""
 
 
-def check_failures(count: int, elapsed: float) -> int:
+def limit_failures(count: int, elapsed: float) -> int:
     """Return a count of wrong passwords. Raise TooManyAttempts for too many.
 
     :param elapsed: seconds since the last one
@@ -865,10 +866,11 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        Only a final check must be exact. The first one spares a hash.
+        :param is_final: False for the check before a hash, which only spares the hash: where
+            the count is expensive to read, it may be skipped
         """
         count, last = self._counts.get(account, (0, 0.0))
-        return check_failures(count, time.monotonic() - last)
+        return limit_failures(count, time.monotonic() - last)
 
     def add(self, account: int | bytes) -> None:
         """Add one to the count, or raise TooManyAttempts."""
@@ -892,7 +894,7 @@ _USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT),
     'last_name', CAST(last_name AS TEXT), 'email', CAST(email AS TEXT),
     'created_on', CAST(created_on AS TEXT))"""
 _PASSWORD = "coalesce(CAST(password AS TEXT), '')"
-_GET = f'SELECT {_USER} FROM "user" WHERE id = ?'
+_SELECT_USER = f'SELECT {_USER} FROM "user" WHERE id = ?'
 _CONTAINS = r"""AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\'
     OR email LIKE :text ESCAPE '\')"""
 
@@ -932,7 +934,7 @@ class Users(Database):
     SQLite produces the JSON, so a read builds no objects in Python.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: StrOrBytesPath | None = None) -> None:
         """Store the path. The file is opened, and if necessary created, on first use.
 
         :param path: the SQLite file; default: PROFILER_DATABASE, or else ./db.sqlite3
@@ -947,12 +949,12 @@ class Users(Database):
         self._read_connection = self.add_connection()
         self._lookup_connection = self.add_connection()
         self._list_connection = self.add_connection()
-        self._search_connection = self.add_connection(MAX_SEARCHES)
+        self._search_connection = self.add_connection(MAX_WAITING_SEARCHES)
 
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        return self.read_may_wait(self._read_connection)
+        return self.may_wait_for(self._read_connection)
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
@@ -963,7 +965,7 @@ class Users(Database):
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
-        rows = self.read(self._read_connection, _GET, (user_id,))
+        rows = self.read(self._read_connection, _SELECT_USER, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_utf8(rows[0][0])
@@ -986,13 +988,14 @@ class Users(Database):
         }
         statement = _page_statement(descending, email is not None, bool(text))
         if text:
-            connection = self._search_connection
+            shared = self._search_connection
         elif email is not None:
-            connection = self._lookup_connection
+            shared = self._lookup_connection
+        elif limit > SHORT_PAGE:
+            shared = self._list_connection
         else:
-            is_short = limit <= SHORT_PAGE
-            connection = self._read_connection if is_short else self._list_connection
-        [(users, last, more)] = self.read(connection, statement, parameters)
+            shared = self._read_connection
+        [(users, last, more)] = self.read(shared, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
@@ -1026,7 +1029,7 @@ WHERE id = :id
         with self.transaction() as connection:
             _run_guard(connection, user_id, guard)
             if connection.execute(statement, parameters).rowcount == 0:
-                exists = connection.execute(_GET, (user_id,)).fetchall()
+                exists = connection.execute(_SELECT_USER, (user_id,)).fetchall()
                 raise EmailTaken if exists else NoSuchUser
 
     def delete(self, user_id: int, guard: Guard | None = None) -> None:
@@ -1079,7 +1082,7 @@ def _read_schema() -> str:
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
     if guard:
-        rows = connection.execute(_GET, (user_id,)).fetchall()
+        rows = connection.execute(_SELECT_USER, (user_id,)).fetchall()
         guard(_to_utf8(rows[0][0]) if rows else None)
 
 
@@ -1098,7 +1101,7 @@ def _to_utf8(text: bytes) -> bytes:
 # Verifying and finding only compare, so that users with older emails can log in.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
-MAX_HASHING = 128  # requests that wait for a core: half of the server's WORKERS
+MAX_WAITING_HASHES = 128  # requests that wait for a core: half of the server's WORKERS
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -1129,7 +1132,7 @@ def is_blank(value: object) -> bool:
 
 
 def check_text(name: str, value: object) -> str:
-    """Return the value of a field if the storage can search for it. Raise InvalidField."""
+    """Return the value of a field if it is text that can be compared. Raise InvalidField."""
     if not isinstance(value, str):
         problem = "must be a string"
     elif _SURROGATE.search(value):
@@ -1201,7 +1204,7 @@ class Accounts:
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self._cores = Limiter(
             "a core to hash a password",
-            MAX_HASHING,
+            MAX_WAITING_HASHES,
             HASH_TIMEOUT,
             lambda: threading.BoundedSemaphore(count_cores()),
         )
@@ -1301,9 +1304,7 @@ class Accounts:
         """
         check_text("old_password", old_password)
         check_field("new_password", new_password)
-        is_replaced = False
-        # If another request has replaced the hash meanwhile, check the old password again.
-        while not is_replaced:
+        while True:
             found = self.users.find_credentials(user_id)
             if found is None:
                 raise NoSuchUser
@@ -1311,7 +1312,9 @@ class Accounts:
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
-            is_replaced = self.users.replace_password_hash(user_id, password_hash, new_hash, guard)
+            if self.users.replace_password_hash(user_id, password_hash, new_hash, guard):
+                return
+            # Another request has replaced the hash meanwhile. Check the old password again.
 
     def reset_password(self, user_id: int, new_password: str, guard: Guard | None = None) -> None:
         """Replace a user's password, whatever it is, and forget wrong passwords.
@@ -1344,13 +1347,15 @@ class Accounts:
         failures.check(account)
         is_usable = parse_hash(password_hash) is not None
         is_right = verify_password(password_hash if is_usable else self._dummy_hash, password)
-        # Concurrent attempts may have used up those that are allowed. Then the answer is no.
+        # Meanwhile, other attempts may have reached the limit. Then add() and the final check
+        # raise TooManyAttempts, whether this password is right or not.
         if not (is_right and is_usable):
             failures.add(account)
-            problem = (
+            if is_usable:
+                raise WrongPassword
+            raise WrongPassword(
                 f"the password hash of user {account!r} is malformed or cannot be verified here"
             )
-            raise WrongPassword("" if is_usable else problem)
         if failures.check(account, is_final=True):
             failures.clear(account)
 
@@ -1583,13 +1588,13 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     """
     query = parse_query(environ)
     limit, after, descending, email, text = parse_selection(query)
-    page, last = accounts.users.page(limit, after, descending, email, text)
-    if last is None:
+    page, next_after = accounts.users.page(limit, after, descending, email, text)
+    if next_after is None:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text:
-        return 200, _stream_users(accounts.users, page, last, descending), (JSON_TYPE,)
-    following = {"limit": limit, "after": last, **query}
-    following.update(limit=limit, after=last)
+        return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
+    following = {"limit": limit, "after": next_after, **query}
+    following.update(limit=limit, after=next_after)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
 
@@ -1682,7 +1687,7 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_file}),
     (re.compile("/openapi[.]json"), {"GET": get_file}),
 )
-NEEDS_NO_TOKEN = re.compile("/health/?|/?|/openapi[.]json")
+PUBLIC_PATHS = re.compile("/health/?|/?|/openapi[.]json")
 
 
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
@@ -1716,15 +1721,15 @@ def is_long_read(environ: WSGIEnvironment) -> bool:
 
 
 def _stream_users(
-    users: Storage, page: bytes, last: int | None, descending: bool
+    users: Storage, page: bytes, next_after: int | None, descending: bool
 ) -> Iterator[bytes]:
     """Yield a JSON array of the users on a page and of all that follow.
 
     Each part is a separate read, so that a slow client holds no transaction.
     """
     yield b"[" + page
-    while last is not None:
-        page, last = users.page(BATCH, last, descending)
+    while next_after is not None:
+        page, next_after = users.page(BATCH, next_after, descending)
         if page:
             yield b"," + page
     yield b"]\n"
@@ -1754,7 +1759,6 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
 _LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
-_match_loopback = functools.lru_cache(maxsize=64)(_LOOPBACK.fullmatch)
 
 
 class Application:
@@ -1774,6 +1778,7 @@ class Application:
         self.tokens = [] if token is None else _parse_tokens(token)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Respond as PEP 3333 defines."""
         status, headers, body = self.respond(environ)
         start_response(status, headers)
         return body
@@ -1833,7 +1838,7 @@ class Application:
         # Compare with all tokens, each in constant time.
         count = sum(hmac.compare_digest(given, token) for token in self.tokens)
         is_valid = count > 0 and scheme.lower() == "bearer"
-        if not is_valid and not NEEDS_NO_TOKEN.fullmatch(path):
+        if not is_valid and not PUBLIC_PATHS.fullmatch(path):
             challenge = ("WWW-Authenticate", "Bearer")
             message = "Send a valid token in the header Authorization: Bearer TOKEN"
             raise HTTPError(401, message, challenge)
@@ -1844,7 +1849,7 @@ class Application:
         This prevents DNS rebinding: a website can point its name at 127.0.0.1, and browsers
         would send its requests here.
         """
-        if not _match_loopback(environ.get("HTTP_HOST", "localhost")):
+        if not _LOOPBACK.fullmatch(environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
                 421,
                 "Without a token, only the hosts localhost and 127.0.0.1 are served. Set "
@@ -1875,7 +1880,7 @@ def _answer_other_method(method: str, handlers: Mapping[str, object]) -> Respons
 
 
 def create_app(
-    database: Path | None = None,
+    database: StrOrBytesPath | None = None,
     *,
     iterations: int | None = None,
     token: str | None = None,
@@ -1902,9 +1907,9 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
     created: list[Application] = []
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Respond as create() does. Raise ValueError for an invalid setting.
+        """Pass a request to the application. Raise what create() raises.
 
-        Servers answer 500 then, and log the message.
+        For a ValueError, an invalid setting, servers answer 500 and log the message.
         """
         # Two first requests may both create an application, which opens nothing. All use the
         # first one.
@@ -1960,11 +1965,11 @@ MAX_CHUNK_LINE = 64  # bytes
 MAX_FRAMING = 16 * 1024  # bytes around the chunks of a body: thousands take milliseconds
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
-_HOST = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
+_HOST_CHARACTER = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 # RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which
 # overrides Host (3.2.2).
-_TARGET = rf"(?:(?i:https?)://({_HOST}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
-_HOST_VALUE = re.compile(f"{_HOST}*")  # RFC 9112 3.2
+_TARGET = rf"(?:(?i:https?)://({_HOST_CHARACTER}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
+_HOST_VALUE = re.compile(f"{_HOST_CHARACTER}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
 # The beginning of a request line.
 _REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
@@ -2042,7 +2047,7 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
         raise HTTPError(414, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
-        raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`")
+        raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`, without TLS")
     method, authority, target, protocol = match.groups()
     if protocol not in ("HTTP/1.0", "HTTP/1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
@@ -2062,8 +2067,8 @@ def check_head_size(head: bytes) -> None:
         raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
 
 
-# The functions below take what they return out of the bytes that a client has sent. They
-# are generators, and yield when they need more bytes.
+# Each function below removes bytes from the front of `received`, and returns them or what
+# they encode. They are generators, and yield when they need more bytes.
 
 
 def take_head(received: bytearray) -> Steps:
@@ -2071,11 +2076,12 @@ def take_head(received: bytearray) -> Steps:
     is_line_checked = False
     while not (end := HEAD_END.search(received)):
         head = bytes(received)
-        if not is_line_checked and (b"\n" in head or len(head) > MAX_REQUEST_LINE):
+        is_complete = b"\n" in head or len(head) > MAX_REQUEST_LINE
+        if not is_line_checked and (
+            is_complete or not _REQUEST_START.fullmatch(head.decode("latin-1"))
+        ):
             parse_request_line(head)
             is_line_checked = True
-        elif not is_line_checked and not _REQUEST_START.fullmatch(head.decode("latin-1")):
-            raise HTTPError(400, "Send plain HTTP/1.1: this port does not speak TLS")
         check_head_size(head)
         yield
     return (yield from take(received, end.end()))
@@ -2091,7 +2097,7 @@ def take(received: bytearray, size: int) -> Steps:
 
 
 def take_until(received: bytearray, end: re.Pattern[bytes], limit: int) -> Steps:
-    """Take the bytes up to the end of a match, or `limit` bytes if there is none in them."""
+    """Take the bytes up to the end of a match, or `limit` bytes if they contain no match."""
     while not (match := end.search(received, 0, limit)) and len(received) < limit:
         yield
     return (yield from take(received, match.end() if match else limit))
@@ -2110,7 +2116,7 @@ def take_chunked_body(received: bytearray) -> Steps:
         size = int(match[1], 16)
         framing += len(line) + 2
         if len(body) + size > MAX_BODY or framing > MAX_FRAMING:
-            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in large chunks")
+            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in fewer chunks")
         if size:
             chunk = yield from take(received, size + 2)
             if not chunk.endswith(b"\r\n"):
@@ -2136,7 +2142,7 @@ def format_time(second: int) -> tuple[str, str]:
 # The I/O thread owns all sockets and the selector. Each connection is a generator that
 # reads like blocking code. It yields what it waits for: an event of its socket, a function
 # to run in a worker thread, or its turn (LATER). The server resumes it with the result of
-# the function, or throws TimeoutError into it when its deadline has passed.
+# the function, or throws HTTPError into it when its deadline has passed.
 #
 # The I/O thread also runs short reads, because to hand one to another thread takes longer
 # than the read. Everything that may have to wait runs in a pool of worker threads: writes
@@ -2144,9 +2150,9 @@ def format_time(second: int) -> tuple[str, str]:
 # says beforehand which requests may wait. A worker touches no socket. It puts its result
 # into a queue and writes a byte to a socket pair, which wakes the selector.
 #
-# The I/O thread computes the responses to several requests that have arrived, and sends them
-# afterwards. To wake a client takes longer than to send to it, and a client with many
-# connections is woken once instead of once for each.
+# The I/O thread computes the responses to several requests first, and then sends them
+# together. Waking a client takes longer than sending to it. This way, a client with many
+# connections wakes only once.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2168,7 +2174,7 @@ SELECT_FILES = 512  # sockets that select() takes on Windows, which has no bette
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
 SENT_TOGETHER = 32  # requests whose responses are computed before they are sent
-RECEIVE_SIZE = 64 * 1024  # bytes per read; longer responses are sent without waiting
+RECEIVE_SIZE = 64 * 1024  # bytes per read; longer responses are not kept to be sent together
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
 
@@ -2432,7 +2438,7 @@ class Connection:
             self.socket.close()
 
     def _handle_event(self, events: int) -> None:
-        """Receive what has arrived, and resume. At the end of the stream, raise there."""
+        """Receive what has arrived, and resume. At the end of the stream, throw HTTPError."""
         # Since select() returned, the connection may have begun to wait for something else.
         if self in self.server.ready or not events & self._events:
             return
@@ -2512,6 +2518,7 @@ class Connection:
         if status.startswith("503") and not self.is_last:
             # Clients that try again at once would keep the threads busy that serve others.
             self.deadline = time.monotonic() + RETRY_PAUSE
+            # The HTTPError of the deadline ends the pause.
             with contextlib.suppress(HTTPError):
                 yield NOTHING
 
@@ -2573,8 +2580,8 @@ class Connection:
             if isinstance(body, tuple):
                 size = len(body[0])
                 message = head + body[0]
-                # Others have a turn between two requests of a connection. Short responses are
-                # sent together; to keep many long ones would take memory.
+                # Let other connections have a turn. A short response is sent afterwards,
+                # together with theirs. Keeping many long ones would take memory.
                 is_short = size < RECEIVE_SIZE
                 if is_short:
                     yield LATER
@@ -2821,13 +2828,12 @@ def _read_tokens(path: str) -> str:
 
 def _list_signals() -> list[signal.Signals]:
     """Return the signals that stop the server."""
-    # Only Windows has SIGBREAK, and it has no SIGHUP.
-    names = ("SIGTERM", "SIGINT", "SIGBREAK", "SIGHUP")
-    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # Only Windows has SIGBREAK, which is Ctrl-Break, and it has no SIGHUP.
+    names = ["SIGTERM", "SIGINT", "SIGBREAK"]
     # nohup ignores SIGHUP.
-    if signal.getsignal(signals[-1]) == signal.SIG_IGN:
-        signals.pop()
-    return signals
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _initialise_database(arguments: argparse.Namespace, users: Storage) -> None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from profiler import Guard, Path, Steps
+    from profiler import Guard, Steps, StrOrBytesPath
 
     Rows = list[Any]
     # of Failures
@@ -877,7 +877,7 @@ WHERE account = %s
         rows = self._try(_fetch, self._select, account)
         if rows is None:
             return super().check(account)
-        return profiler.check_failures(*rows[0]) if rows else 0
+        return profiler.limit_failures(*rows[0]) if rows else 0
 
     def add(self, account: Account) -> None:
         """See profiler.Failures."""
@@ -922,7 +922,7 @@ WHERE account = %s
 
 
 def create_app(
-    database: Path | None = None,
+    database: StrOrBytesPath | None = None,
     *,
     iterations: int | None = None,
     token: str | None = None,
@@ -940,7 +940,7 @@ def create_app(
 application = app = profiler.create_on_first_use(create_app)
 
 
-def open_database(database: Path | None = None) -> profiler.Storage:
+def open_database(database: StrOrBytesPath | None = None) -> profiler.Storage:
     """Return the users in a database. Nothing is opened yet. Raise ValueError.
 
     :param database: a URL or a path; default: PROFILER_DATABASE, or else ./db.sqlite3

@@ -426,7 +426,7 @@ def test_request_beyond_those_that_may_wait_returns_503_at_once(path, slow_hash,
     """Otherwise many logins at once would take all workers of the server, and writes
     would wait for them."""
     monkeypatch.setattr(profiler, "count_cores", lambda: 1)
-    monkeypatch.setattr(profiler, "MAX_HASHING", 0)
+    monkeypatch.setattr(profiler, "MAX_WAITING_HASHES", 0)
     application = profiler.Application(profiler.Accounts(profiler.Users(path), 1))
     with contextlib.closing(application), ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, application)
