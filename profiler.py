@@ -252,8 +252,8 @@ def _normalise(password: str) -> bytes:
 # responses.
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
-# Afterwards both processes open new ones. Any thread may fork at any time, except in a
-# transaction: a guard must not fork.
+# Afterwards both processes open new ones. Any thread may fork at any time, but for a guard:
+# a fork waits for the statements and transactions that are running.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
@@ -276,9 +276,6 @@ class Busy(Unavailable):
     """The service is busy. The same call may succeed in a moment."""
 
 
-# Connections that a parent process was using at a fork. They must not be closed here, not
-# even by the garbage collector (sqlite.org/howtocorrupt.html, 2.6).
-_inherited: list[sqlite3.Connection | None] = []
 _fork_listeners: WeakSet[Any] = WeakSet()
 
 
@@ -333,24 +330,24 @@ class Limiter:
 
     def reset(self) -> None:
         """Forget the threads that are in, and those that wait."""
-        self.lock = self._make_lock()
-        self._places = threading.BoundedSemaphore(self._max_waiting)
+        self.gate = self._make_lock()
+        self._waiting_places = threading.BoundedSemaphore(self._max_waiting)
 
     after_fork_in_child = reset
 
     def __enter__(self) -> None:
-        if self.lock.acquire(blocking=False):
+        if self.gate.acquire(blocking=False):
             return
-        if not self._places.acquire(blocking=False):
+        if not self._waiting_places.acquire(blocking=False):
             raise Busy(f"too many requests wait for {self._resource}")
         try:
-            if not self.lock.acquire(timeout=self.timeout):
+            if not self.gate.acquire(timeout=self.timeout):
                 raise Busy(f"a request has waited too long for {self._resource}")
         finally:
-            self._places.release()
+            self._waiting_places.release()
 
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        self.gate.release()
 
 
 class SharedConnection(Limiter):
@@ -358,34 +355,23 @@ class SharedConnection(Limiter):
 
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
-        self._held: list[threading.Lock] = []
         super().__init__("the database", max_waiting)
 
     def close(self) -> None:
-        """Close the connection. The next use opens a new one."""
+        """Close the connection, which no thread may be using. The next use opens a new one."""
         connection = self.connection
         self.connection = None
         if connection:
             connection.close()
 
     def before_fork(self) -> None:
-        """Close the connection and hold its lock, unless it stays busy for CLOSE_TIMEOUT."""
-        lock = self.lock
-        if lock.acquire(timeout=CLOSE_TIMEOUT):
-            self.close()
-            self._held.append(lock)
+        """Close the connection, and let no thread open a new one."""
+        self.gate.acquire()
+        self.close()
 
     def after_fork_in_parent(self) -> None:
-        """Release the lock."""
-        while self._held:
-            self._held.pop().release()
-
-    def after_fork_in_child(self) -> None:
-        """Start without a connection."""
-        _inherited.append(self.connection)
-        self.connection = None
-        self._held.clear()
-        self.reset()
+        """Let the other threads in again. In the child, reset() does."""
+        self.gate.release()
 
 
 class Database:
@@ -496,10 +482,11 @@ class Database:
 
         The copy is complete and on disk before the file gets its name.
 
-        :raises OSError: if the file exists or cannot be written
-        :raises Unavailable: if the database cannot be read
+        :raises OSError: if the file exists, or one of the two cannot be read or written
+        :raises Unavailable: if the database was moved or deleted
         """
-        path = os.path.abspath(path)
+        folder, name = os.path.split(path)
+        path = os.path.join(os.path.realpath(folder), name)
         part = f"{path}.{os.urandom(4).hex()}.part"
         try:
             reserved = [self.location + suffix for suffix in ("-journal", "-wal", "-shm")]
@@ -515,7 +502,7 @@ class Database:
                 _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part, os.O_RDWR)
             _publish(part, path)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, UnicodeError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"cannot copy {self.location} to {path}: {reason}") from None
         finally:
@@ -526,8 +513,9 @@ class Database:
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
         for shared in self._shared:
-            shared.before_fork()
-            shared.after_fork_in_parent()
+            if shared.gate.acquire(timeout=CLOSE_TIMEOUT):
+                shared.close()
+                shared.gate.release()
 
     def _connect(self, shared: SharedConnection) -> sqlite3.Connection:
         """Open the file. Create the file and the table if they do not exist.
@@ -553,7 +541,7 @@ class Database:
     def _open(self) -> sqlite3.Connection:
         """Open the file. Raise sqlite3.Error, Unavailable."""
         self.check_files()
-        if os.path.exists(self.location) and 0 < os.path.getsize(self.location) < MIN_DATABASE:
+        if os.path.isfile(self.location) and 0 < os.path.getsize(self.location) < MIN_DATABASE:
             # SQLite would take it for an empty database.
             raise sqlite3.DatabaseError("file is not a database")
         connection = sqlite3.connect(
@@ -563,7 +551,8 @@ class Database:
             check_same_thread=False,
             uri=True,
         )
-        connection.text_factory = bytes
+        # Another program may have stored invalid UTF-8.
+        connection.text_factory = lambda text: text.decode("utf-8", "replace").encode()
         return connection
 
     def _create_file(self) -> None:
@@ -585,9 +574,12 @@ class Database:
         if not _can_map_files(os.path.dirname(self.location)):
             # Without mapped files SQLite cannot use WAL mode. To end WAL mode there, take an
             # exclusive lock first (sqlite.org/wal.html, 8). The next read releases the lock.
-            _execute(connection, "PRAGMA locking_mode = EXCLUSIVE").fetchall()
-            _execute(connection, "PRAGMA journal_mode = DELETE").fetchall()
-            _execute(connection, "PRAGMA locking_mode = NORMAL").fetchall()
+            for setting in (
+                "locking_mode = EXCLUSIVE",
+                "journal_mode = DELETE",
+                "locking_mode = NORMAL",
+            ):
+                _execute(connection, f"PRAGMA {setting}").fetchall()
         else:
             # Another process that is using the file can prevent the change. Then the old
             # mode stays.
@@ -830,9 +822,10 @@ class Storage(Protocol):
         """Raise Unavailable unless users can be served."""
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table. Return False if it existed. With `force`, drop it first.
+        """Create the table. Return False if it existed.
 
-        Raise FileExistsError if it holds users and `force` is False.
+        With `force`, drop it first; then ids begin at 1 again. Otherwise, raise
+        FileExistsError if it holds users.
         """
 
     def backup(self, path: str) -> None:
@@ -945,7 +938,7 @@ class Users(Database):
         super().__init__(os.fsdecode(path), "user", _read_schema)
         self.failures = Failures()
         # Reads of a few rows have a connection of their own, so that they never wait for
-        # lookups of a login, for pages of long lists, or for searches.
+        # look-ups of credentials, for pages of long lists, or for searches.
         self._read_connection = self.add_connection()
         self._lookup_connection = self.add_connection()
         self._list_connection = self.add_connection()
@@ -961,14 +954,14 @@ class Users(Database):
         condition = "id = ?" if isinstance(key, int) else "email = ? COLLATE NOCASE"
         statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE {condition}'
         rows = self.read(self._lookup_connection, statement, (key,))
-        return (rows[0][0], str(rows[0][1], "utf-8", "replace")) if rows else None
+        return (rows[0][0], rows[0][1].decode()) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
         rows = self.read(self._read_connection, _SELECT_USER, (user_id,))
         if not rows:
             raise NoSuchUser
-        return _to_utf8(rows[0][0])
+        return bytes(rows[0][0])
 
     def page(
         self,
@@ -996,7 +989,7 @@ class Users(Database):
         else:
             shared = self._read_connection
         [(users, last, more)] = self.read(shared, statement, parameters)
-        return _to_utf8(users or b""), last if more else None
+        return users or b"", last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """See Storage."""
@@ -1064,6 +1057,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
+        self.created_table = False
         with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
@@ -1071,9 +1065,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 connection.execute(_read_schema())
-        created = force or self.created_table
-        self.created_table = False
-        return created
+        return force or self.created_table
 
 
 def _read_schema() -> str:
@@ -1083,16 +1075,7 @@ def _read_schema() -> str:
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
     if guard:
         rows = connection.execute(_SELECT_USER, (user_id,)).fetchall()
-        guard(_to_utf8(rows[0][0]) if rows else None)
-
-
-def _to_utf8(text: bytes) -> bytes:
-    """Return a text with U+FFFD for invalid UTF-8, which another program may have stored."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return text.decode("utf-8", "replace").encode()
-    return text
+        guard(bytes(rows[0][0]) if rows else None)
 
 
 # -- accounts --------------------------------------------------------------------------
@@ -1434,7 +1417,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
 
     Its media type must be application/json or one of `media_types`.
     """
-    content_type = environ.get("CONTENT_TYPE", "").lower().replace('"', "").replace(" ", "")
+    content_type = re.sub(r'[\s"]', "", environ.get("CONTENT_TYPE", "").lower())
     media_type, *parameters = content_type.split(";")
     charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
     is_utf8 = charsets <= {"charset=utf-8", "charset=utf8"}
@@ -1465,10 +1448,7 @@ def get_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def parse_query(environ: WSGIEnvironment) -> dict[str, str]:
     """Return the query parameters. The last of repeated ones wins. Raise HTTPError: 400."""
-    query = environ.get("QUERY_STRING", "")
-    if not query:
-        return {}
-    query = query.encode("latin-1", "replace").decode("utf-8", "replace")
+    query = environ.get("QUERY_STRING", "").encode("latin-1", "replace").decode("utf-8", "replace")
     if query.count("&") >= MAX_PARAMETERS:
         raise HTTPError(400, f"Send at most {MAX_PARAMETERS} parameters")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
@@ -1520,9 +1500,11 @@ def _has_tag(field: str, user: bytes | None) -> bool:
 
 
 def parse_length(text: str) -> int:
-    """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400."""
+    """Return the value of Content-Length (RFC 9110 8.6). Raise HTTPError: 400, 413."""
     if not DIGITS.fullmatch(text):
         raise HTTPError(400, "Content-Length must be a number in decimal digits")
+    if int(text) > MAX_BODY:
+        raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
     return int(text)
 
 
@@ -1536,8 +1518,6 @@ def _read_body(environ: WSGIEnvironment) -> bytes:
     if is_chunked and not is_terminated:
         raise HTTPError(411, "This server takes no chunked body: send a Content-Length")
     size = 0 if is_chunked else parse_length(environ.get("CONTENT_LENGTH") or "0")
-    if size > MAX_BODY:
-        raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes")
     limit = size or (MAX_BODY + 1 if is_terminated else 0)
     body = b""
     try:
@@ -1672,14 +1652,14 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     return 200, content, (("Content-Type", media_type),)
 
 
-LIST = re.compile("/users/?")
+USERS_PATH = re.compile("/users/?")
 _USER_PATH = "/users/([0-9]{1,19})"
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (
         re.compile(f"{_USER_PATH}/?"),
         {"GET": get_user, "PUT": update_user, "PATCH": update_user, "DELETE": delete_user},
     ),
-    (LIST, {"GET": list_users, "POST": create_user}),
+    (USERS_PATH, {"GET": list_users, "POST": create_user}),
     (re.compile(f"{_USER_PATH}/password/?"), {"PUT": change_password}),
     (re.compile(f"{_USER_PATH}/password/reset/?"), {"PUT": reset_password}),
     (re.compile("/users/verify/?"), {"POST": verify_user}),
@@ -1711,7 +1691,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 def is_long_read(environ: WSGIEnvironment) -> bool:
     """Return True if a GET may scan the table, or reads more than a short page."""
-    if not environ["QUERY_STRING"] or not LIST.fullmatch(environ["PATH_INFO"]):
+    if not environ["QUERY_STRING"] or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
     try:
         limit, _, _, email, text = parse_selection(parse_query(environ))
@@ -1895,8 +1875,9 @@ def create_app(
     :param token: one or several tokens, separated by white space. Requests must have one of
         them. Default: PROFILER_TOKEN, or else none
     :param anonymous: True serves every host if there is no token; use it where the
-        application around this one checks access. Otherwise, without a token, only loopback
-        hosts are served. Default: PROFILER_ANONYMOUS, or else False
+        application around this one checks access. Otherwise, without a token, the header
+        Host of a request must be a loopback name, such as localhost. Default:
+        PROFILER_ANONYMOUS, or else False
     :raises ValueError: for an invalid setting
     """
     return Application(Accounts(Users(database), iterations), token, anonymous)
@@ -2174,7 +2155,7 @@ SELECT_FILES = 512  # sockets that select() takes on Windows, which has no bette
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
 SENT_TOGETHER = 32  # requests whose responses are computed before they are sent
-RECEIVE_SIZE = 64 * 1024  # bytes per read; longer responses are not kept to be sent together
+RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
 
@@ -2429,8 +2410,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection and forget it."""
-        for group in (self.server.connections, self.server.ready):
-            group.pop(self, None)
+        self.server.connections.pop(self, None)
         self._steps.close()
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._watch(NOTHING)
@@ -2469,18 +2449,16 @@ class Connection:
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise HTTPError, OSError."""
         while not self.is_last:
-            while bytes(self.received) in (b"", b"\r", b"\r\n"):
-                if self.received == b"\r\n":
-                    self.received.clear()
+            # Empty lines before a request are ignored (RFC 9112 2.2).
+            while not self.received.lstrip(b"\r\n"):
+                self.received.clear()
                 # At shutdown, a request that has arrived already is answered.
                 timeout = 0 if self.server.stopping else IDLE_TIMEOUT
                 self.deadline = time.monotonic() + timeout
                 self.is_idle = True
                 yield
                 self.is_idle = False
-            # An empty line between requests is ignored (RFC 9112 2.2).
-            if self.received.startswith(b"\r\n"):
-                del self.received[:2]
+            self.received = self.received.lstrip(b"\r\n")
             yield from self._answer_request()
         # Read until the client closes. To close with unread input may lose the response
         # (RFC 9112 9.6).
@@ -2532,12 +2510,7 @@ class Connection:
             **parse_head(self.head),
             "REMOTE_ADDR": self.address,
         }
-        length = int(environ["CONTENT_LENGTH"] or 0)
-        if length > MAX_BODY:
-            # The application answers 413.
-            self.is_last = True
-            length = 0
-        elif "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+        if "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = time.monotonic() + BODY_TIMEOUT
         if "HTTP_TRANSFER_ENCODING" in environ:
@@ -2546,7 +2519,7 @@ class Connection:
             body = yield from take_chunked_body(self.received)
             environ["CONTENT_LENGTH"] = str(len(body))
         else:
-            body = yield from take(self.received, length)
+            body = yield from take(self.received, int(environ["CONTENT_LENGTH"] or 0))
         environ["wsgi.input"] = io.BytesIO(body)
         return environ
 
@@ -2580,14 +2553,9 @@ class Connection:
             if isinstance(body, tuple):
                 size = len(body[0])
                 message = head + body[0]
-                # Let other connections have a turn. A short response is sent afterwards,
-                # together with theirs. Keeping many long ones would take memory.
-                is_short = size < RECEIVE_SIZE
-                if is_short:
-                    yield LATER
+                # Others have a turn first. Their responses are sent together with this one.
+                yield LATER
                 yield from self._send(message)
-                if not is_short:
-                    yield LATER
             else:
                 is_chunked = _CHUNKED in headers
                 next_part = functools.partial(next, iter(body), None)
@@ -2614,9 +2582,8 @@ class Connection:
         line = self.head.partition(b"\n")[0].decode("latin-1")
         # Log only request lines. Anything else may be a body with a password.
         text = line[:MAX_LOGGED].rstrip("\r") if REQUEST_LINE.fullmatch(line) else ""
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-        text = text.encode("ascii", "backslashreplace").decode()
-        self.server.log.write(f'{self.address} - - [{local_time}] "{text}" {status[:3]} {size}\n')
+        entry = f"{self.address} - - [{local_time}] {json.dumps(text)} {status[:3]} {size}\n"
+        self.server.log.write(entry)
 
 
 class Log(io.TextIOBase):

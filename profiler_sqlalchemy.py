@@ -798,9 +798,9 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                     TOO_MANY_CONNECTIONS, message
                 )
                 timeout = start + POOL_TIMEOUT - time.monotonic()
-                if not (may_wait and self._places.lock.acquire(timeout=timeout)):
+                if not (may_wait and self._places.gate.acquire(timeout=timeout)):
                     raise Unavailable(message) from None
-                timer = threading.Timer(RETRY_TIME, self._places.lock.release)
+                timer = threading.Timer(RETRY_TIME, self._places.gate.release)
                 timer.daemon = True
                 timer.start()
                 continue

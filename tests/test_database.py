@@ -718,10 +718,16 @@ def test_closing_during_a_fork_does_not_lock_the_database(application, users, mo
     assert write(application).status == 204
 
 
-def test_two_forks_at_once_leave_no_lock_held(application, users, monkeypatch):
-    monkeypatch.setattr(profiler, "CLOSE_TIMEOUT", 0.01)
-    for hook in ("before_fork", "before_fork", "after_fork_in_parent", "after_fork_in_parent"):
-        profiler._call_all(hook)
+def test_second_fork_waits_for_the_first_one(application):
+    assert post(application).status == 201
+    profiler._call_all("before_fork")
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(profiler._call_all, "before_fork")
+        time.sleep(0.05)
+        assert not second.done()
+        profiler._call_all("after_fork_in_parent")
+        second.result(timeout=10)
+    profiler._call_all("after_fork_in_parent")
     assert (write(application).status, call(application).status) == (204, 200)
 
 
@@ -755,10 +761,21 @@ def test_daemon_whose_parent_ended_loses_no_write(application, path):
 
 @needs_fork
 @ignores_fork_warning
-def test_child_forked_during_a_transaction_can_read(application, users):
-    assert users.count() == 0
-    with users.transaction(), users._read_connection.lock:
-        assert in_a_fork(lambda: call(application).status == 200)
+def test_fork_waits_for_a_transaction_and_the_child_can_write(application, users):
+    """With a copy of its connection, the child would believe that it is locked forever."""
+    assert post(application).status == 201
+    started = threading.Event()
+
+    def guard(user):
+        started.set()
+        time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as threads:
+        update = threads.submit(users.update, 1, {"last_name": "P."}, guard)
+        assert started.wait(10)
+        assert in_a_fork(lambda: write(application).status == 204)
+        update.result(timeout=10)
+    assert write(application).status == 204
 
 
 @needs_fork
