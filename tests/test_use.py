@@ -303,7 +303,11 @@ def test_application_over_http(tmp_path, service, mailbox, files, command, encod
         assert harry.get("/me") == 503
         assert browser().post("/login", email=HARRY["email"], password="battery staple") == 503
         service.start(TOKEN)
-        assert harry.get("/me") == 200
+        assert harry.get("/me?again") == 200
+        # A problem has been logged. Requests are logged once nevertheless, or not at all.
+        [log] = tmp_path.glob("[0-9]*.log")
+        assert log.read_text().count("/me?again") <= 1
+        assert log.read_text().count("profiler: ") >= 3
         end_story(browser, harry)
 
 
@@ -489,7 +493,7 @@ def test_django(site, service, mailbox):
 
     for _ in range(10):
         django_log_in(site, "guess", problem)
-    django_log_in(site, "correct horse", "Too many wrong passwords")
+    django_log_in(site, "correct horse", "Too many wrong passwords: try again later (in ")
     fill(site(), "/password_reset/", email=HARRY["email"])
     link = re.search(r"http://[^/]+(/reset/\S+)", mailbox.messages.get(timeout=10).get_content())[
         1
