@@ -110,15 +110,23 @@ def restore_script(folder, backups):
 
 
 @needs_bash
-def test_ids_are_not_given_again_after_a_restore(tmp_path):
+@pytest.mark.parametrize("count", [0, 3])
+def test_ids_are_not_given_again_after_a_restore(tmp_path, count):
     folder, backups = tmp_path / "lib", tmp_path / "backup"
     folder.mkdir()
     backups.mkdir()
-    fill(backups / "users-2026-11-27.sqlite3", 3)
+    fill(backups / "users-2026-11-27.sqlite3", count)
     fill(folder / "db.sqlite3", 9)
     run_script(restore_script(folder, backups), tmp_path)
     with contextlib.closing(profiler.create_app(folder / "db.sqlite3", iterations=1)) as restored:
-        assert call(restored, "POST", fields=HARRY).json == {"id": SKIPPED_IDS + 4}
+        assert call(restored, "POST", fields=HARRY).json == {"id": SKIPPED_IDS + count + 1}
+
+
+def test_ids_are_skipped_in_the_same_way_while_the_service_runs():
+    [stopped] = blocks(section(OPERATE, "Restore"), "sh")
+    [running] = blocks(section(OPERATE, "Restore while the service runs"), "sh")
+    [statements] = re.findall(r"^with .*?\"$", stopped, re.MULTILINE | re.DOTALL)
+    assert statements.replace("db.sqlite3", "new.sqlite3") in running
 
 
 @needs_bash
