@@ -755,7 +755,8 @@ def test_daemon_whose_parent_ended_loses_no_write(application, path):
 
 @needs_fork
 @ignores_fork_warning
-def test_child_forked_during_a_transaction_can_read(application, users):
+def test_child_forked_during_a_transaction_can_read(application, users, monkeypatch):
+    monkeypatch.setattr(profiler, "CLOSE_TIMEOUT", 0.1)
     assert users.count() == 0
     with users.database.transaction(), users._read_connection.lock:
         assert in_a_fork(lambda: call(application).status == 200)
