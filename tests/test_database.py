@@ -211,9 +211,9 @@ def test_file_in_place_of_the_folder_returns_503(path):
     assert call(profiler.create_app(path / "db.sqlite3")).status == 503
 
 
-def test_folder_in_place_of_the_file_returns_503(path):
-    path.mkdir()
-    assert call(profiler.create_app(path)).status == 503
+def test_folder_in_place_of_the_file_returns_503(tmp_path):
+    """Some file systems count less than 512 bytes for it."""
+    assert call(profiler.create_app(tmp_path)).status == 503
 
 
 # -- schema.sql ------------------------------------------------------------------------

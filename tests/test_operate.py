@@ -110,15 +110,23 @@ def restore_script(folder, backups):
 
 
 @needs_bash
-def test_ids_are_not_given_again_after_a_restore(tmp_path):
+@pytest.mark.parametrize("count", [0, 3])
+def test_ids_are_not_given_again_after_a_restore(tmp_path, count):
     folder, backups = tmp_path / "lib", tmp_path / "backup"
     folder.mkdir()
     backups.mkdir()
-    fill(backups / "users-2026-11-27.sqlite3", 3)
+    fill(backups / "users-2026-11-27.sqlite3", count)
     fill(folder / "db.sqlite3", 9)
     run_script(restore_script(folder, backups), tmp_path)
     with contextlib.closing(profiler.create_app(folder / "db.sqlite3", iterations=1)) as restored:
-        assert call(restored, "POST", fields=HARRY).json == {"id": SKIPPED_IDS + 4}
+        assert call(restored, "POST", fields=HARRY).json == {"id": SKIPPED_IDS + count + 1}
+
+
+def test_ids_are_skipped_in_the_same_way_while_the_service_runs():
+    [stopped] = blocks(section(OPERATE, "Restore"), "sh")
+    [running] = blocks(section(OPERATE, "Restore while the service runs"), "sh")
+    [statements] = re.findall(r"^with .*?\"$", stopped, re.MULTILINE | re.DOTALL)
+    assert statements.replace("db.sqlite3", "new.sqlite3") in running
 
 
 @needs_bash
@@ -218,14 +226,15 @@ def test_litestream_loses_only_the_last_seconds_before_a_crash(tmp_path):
     assert early <= restored
 
 
-def restore_on_server(server, dump, restore, statement, placeholder):
-    """Run the documented commands: back up a database with two users, restore it into another one,
-    and skip ids. Return the id of the next user."""
+def restore_on_server(server, dump, restore, statement, placeholder, count=2):
+    """Run the documented commands: back up a database with some users, restore it into another
+    one, and skip ids. Return the id of the next user."""
     profiler_sqlalchemy = pytest.importorskip("profiler_sqlalchemy")
     urls = [server.make_database(), server.make_database()]
     with contextlib.closing(profiler_sqlalchemy.create_app(urls[0], iterations=1)) as application:
-        for name in "ab":
-            fields = {**HARRY, "email": f"{name}@example.com"}
+        assert call(application).json == []  # which creates the table
+        for number in range(count):
+            fields = {**HARRY, "email": f"{number}@example.com"}
             assert call(application, "POST", fields=fields).status == 201
     for command, url in ((dump, urls[0]), (restore, urls[1])):
         environ = {
@@ -235,7 +244,7 @@ def restore_on_server(server, dump, restore, statement, placeholder):
         run_script(placeholder(command, servers().database_of(url)), server.folder, **environ)
     server.execute(statement, servers().database_of(urls[1]))
     with contextlib.closing(profiler_sqlalchemy.create_app(urls[1], iterations=1)) as application:
-        assert len(call(application).json) == 2
+        assert len(call(application).json) == count
         return call(application, "POST", fields=HARRY).json["id"]
 
 
@@ -257,8 +266,11 @@ def test_ids_are_not_given_again_after_a_restore_on_postgresql():
     statement, _ = blocks(section(DATABASES, "Restore"), "sql")
     with servers().postgresql() as server:
         commands = lines_with("PROFILER_DATABASE", backup, restore)
-        next_id = restore_on_server(server, *commands, statement, lambda command, _: command)
-    assert next_id == SKIPPED_IDS + 3
+        for count in (0, 2):
+            next_id = restore_on_server(
+                server, *commands, statement, lambda command, _: command, count
+            )
+            assert next_id == SKIPPED_IDS + count + 1
 
 
 @needs_bash
