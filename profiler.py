@@ -52,7 +52,7 @@ from http import HTTPStatus
 from importlib.machinery import SourceFileLoader
 from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode
-from weakref import WeakSet
+from weakref import ref
 from wsgiref.handlers import CGIHandler, format_date_time
 from wsgiref.simple_server import WSGIServer
 
@@ -105,8 +105,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on the longest page that need not wait, and in the first part of a list
-BATCH = 500  # users in each further part of a list, and on a page of a search
+SHORT_PAGE = 100  # users on the longest page that the server reads without a worker
+BATCH = 500  # users in a part of a list after the first one, and on a page of a search
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -252,8 +252,9 @@ def _normalise(password: str) -> bytes:
 # responses.
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
-# Afterwards both processes open new ones. Any thread may fork at any time, but for a guard:
-# a fork waits for the statements and transactions that are running.
+# Afterwards both processes open new ones. A fork waits for the statements and transactions
+# that are running. Any thread may fork at any time, with one exception: a guard runs inside a
+# transaction, and would wait for itself.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
@@ -276,20 +277,20 @@ class Busy(Unavailable):
     """The service is busy. The same call may succeed in a moment."""
 
 
-_fork_listeners: WeakSet[Any] = WeakSet()
+_fork_listeners: list[ref[Any]] = []
 
 
-def call_at_fork(instance: object) -> None:
+def register_for_forks(instance: object) -> None:
     """Call methods of an object at each fork of this process, while the object exists.
 
-    It calls before_fork, after_fork_in_parent and after_fork_in_child, where defined.
+    They are before_fork, after_fork_in_parent and after_fork_in_child, where defined.
     """
-    _fork_listeners.add(instance)
+    _fork_listeners.append(ref(instance, _fork_listeners.remove))
 
 
 def _call_all(method: str) -> None:
-    for instance in list(_fork_listeners):
-        getattr(instance, method, lambda: None)()
+    for reference in list(_fork_listeners):
+        getattr(reference(), method, lambda: None)()
 
 
 if hasattr(os, "register_at_fork"):
@@ -326,7 +327,7 @@ class Limiter:
         self.timeout = BUSY_TIMEOUT if timeout is None else timeout
         self._make_lock = make_lock
         self.reset()
-        call_at_fork(self)
+        register_for_forks(self)
 
     def reset(self) -> None:
         """Forget the threads that are in, and those that wait."""
@@ -355,6 +356,7 @@ class SharedConnection(Limiter):
 
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
+        self._forking_thread = 0
         super().__init__("the database", max_waiting)
 
     def close(self) -> None:
@@ -368,10 +370,14 @@ class SharedConnection(Limiter):
         """Close the connection, and let no thread open a new one."""
         self.gate.acquire()
         self.close()
+        self._forking_thread = threading.get_ident()
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        self.gate.release()
+        # It may have been created after before_fork was called.
+        if self._forking_thread == threading.get_ident():
+            self._forking_thread = 0
+            self.gate.release()
 
 
 class Database:
@@ -450,8 +456,8 @@ class Database:
     def check_files(self) -> None:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
 
-        If the file is gone, SQLite would create an empty one. What is written to a deleted
-        file is lost.
+        Writes and /health/ check this. For a read, it would cost too much. If the file is
+        gone, SQLite would create an empty one. What is written to a deleted file is lost.
         """
         is_open = any(shared.connection for shared in self._shared)
         is_lost = self._file is not None and self._file != _identify(self.location)
@@ -494,6 +500,7 @@ class Database:
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
                 )
+            self.check_files()
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -539,8 +546,7 @@ class Database:
         return connection
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file. Raise sqlite3.Error, Unavailable."""
-        self.check_files()
+        """Open the file. Raise sqlite3.Error."""
         if os.path.isfile(self.location) and 0 < os.path.getsize(self.location) < MIN_DATABASE:
             # SQLite would take it for an empty database.
             raise sqlite3.DatabaseError("file is not a database")
@@ -630,7 +636,7 @@ class Database:
 def read_file(name: str) -> bytes:
     """Return a file that is installed with this module. Raise OSError.
 
-    It is next to the module, in a wheel or in a zip archive.
+    The module may be a plain file, or come from a wheel or a zip archive.
     """
     # mod_wsgi loads a module without a loader.
     loader = globals().get("__loader__")
@@ -681,11 +687,12 @@ def _identify(path: str) -> tuple[int, int] | None:
 def _can_map_files(folder: str) -> bool:
     """Return False if files in a folder cannot be mapped into memory.
 
-    This happens on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders.
+    This happens on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders. To
+    find out costs a file, once for each connection.
     """
     path = os.path.join(folder, f".{os.urandom(8).hex()}.profiler")
     is_refused = False
-    # If no file can be created, a later check says so better.
+    # If no file can be created, opening the database says why.
     with contextlib.suppress(OSError), open(path, "xb+") as file:
         file.write(b"x")
         file.flush()
@@ -822,10 +829,10 @@ class Storage(Protocol):
         """Raise Unavailable unless users can be served."""
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table. Return False if it existed.
+        """Create the table. Return False if it existed, and stays.
 
-        With `force`, drop it first; then ids begin at 1 again. Otherwise, raise
-        FileExistsError if it holds users.
+        If it holds users, raise FileExistsError. With `force`, drop it and create a new one, in
+        which ids begin at 1 again.
         """
 
     def backup(self, path: str) -> None:
@@ -835,14 +842,13 @@ class Storage(Protocol):
         """Close all connections. The next call opens new ones."""
 
 
-def limit_failures(count: int, elapsed: float) -> int:
-    """Return a count of wrong passwords. Raise TooManyAttempts for too many.
+def check_failure_count(count: int, elapsed: float) -> None:
+    """Raise TooManyAttempts if this number of wrong passwords forbids another attempt now.
 
     :param elapsed: seconds since the last one
     """
     if count >= MAX_FAILURES and elapsed < ATTEMPT_INTERVAL:
         raise TooManyAttempts(math.ceil(ATTEMPT_INTERVAL - elapsed))
-    return count
 
 
 class Failures:
@@ -859,15 +865,17 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: False for the check before a hash, which only spares the hash: where
-            the count is expensive to read, it may be skipped
+        :param is_final: False before a hash. That check only spares the hash, so a storage may
+            skip it and return 0. True after the hash, when the check must be exact.
         """
         count, last = self._counts.get(account, (0, 0.0))
-        return limit_failures(count, time.monotonic() - last)
+        check_failure_count(count, time.monotonic() - last)
+        return count
 
     def add(self, account: int | bytes) -> None:
         """Add one to the count, or raise TooManyAttempts."""
         with self._lock:
+            # A subclass may check another count.
             count = Failures.check(self, account)
             # Insert it anew, as the most recent one.
             self._counts.pop(account, None)
@@ -1121,6 +1129,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
+        # check_field allows no control character but in passwords.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1232,13 +1241,13 @@ class Accounts:
 
         :param fields: new values of first_name, last_name and email, or of some of them
         :param guard: a check inside the transaction: see Guard
-        :raises InvalidField: if a value is not allowed, or is for another field
+        :raises InvalidField: if a value is not allowed, or a name is another one
         :raises NoSuchUser: if no user has the id
         :raises EmailTaken: if another user has the email
         """
         for name in fields:
             if name not in PROFILE:
-                raise InvalidField(f"{name} must be one of {', '.join(PROFILE)}")
+                raise InvalidField(f"{name} cannot be updated: allowed are {', '.join(PROFILE)}")
         check_fields(**fields)
         self.users.update(user_id, fields, guard)
 
@@ -1320,8 +1329,8 @@ class Accounts:
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Raise WrongPassword, TooManyAttempts.
 
-        An unknown email or an unusable hash costs a hash, too, so that the time does not
-        tell them apart.
+        An unknown email or an unusable hash costs a hash, too. So the time does not reveal
+        whether there is such a user.
         """
         if len(password) > MAX_PASSWORD:
             # It costs no hash. If it counted, floods of it would push out other counts.
@@ -1370,8 +1379,8 @@ MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
 MAX_PARAMETERS = 20  # of a query; there are five
 
 JSON_TYPE = ("Content-Type", "application/json")
-# Sent with every response. Without X-Frame-Options, a website could find out which ids
-# exist with <object data>.
+# Sent with every response. Without X-Frame-Options, another website could find out which
+# ids exist, by embedding them as <object data>.
 _HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
@@ -1571,8 +1580,9 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     page, next_after = accounts.users.page(limit, after, descending, email, text)
     if next_after is None:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
-    if "limit" not in query and not text:
+    if "limit" not in query and not text and email is None:
         return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
+    # In this order, whatever the order of the query
     following = {"limit": limit, "after": next_after, **query}
     following.update(limit=limit, after=next_after)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
@@ -1748,6 +1758,7 @@ class Application:
         self, accounts: Accounts, token: str | None = None, anonymous: bool | None = None
     ) -> None:
         if token is None:
+            # If it is set but empty, that is an error: somebody wanted a token.
             token = os.environ.get("PROFILER_TOKEN")
         if anonymous is None:
             setting = os.environ.get("PROFILER_ANONYMOUS") or "0"
@@ -1904,11 +1915,16 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
 application = app = create_on_first_use(create_app)
 
 
+def _find_error(error: Exception) -> tuple[int, str] | None:
+    """Return the row of ERRORS for the type of an exception, or for its nearest base class."""
+    return next((ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS), None)
+
+
 def to_error_response(error: Exception) -> Response:
     """Return the response for an exception."""
     if isinstance(error, HTTPError):
         return error.status, to_json({"error": str(error)}), (JSON_TYPE, *error.headers)
-    status, message = ERRORS.get(type(error), (500, "Internal server error"))
+    status, message = _find_error(error) or (500, "Internal server error")
     headers = [JSON_TYPE]
     if isinstance(error, (TooManyAttempts, Unavailable)):
         headers.append(("Retry-After", str(error.retry_after)))
@@ -1920,9 +1936,9 @@ def log_error(error: Exception, environ: WSGIEnvironment) -> None:
     if isinstance(error, (HTTPError, InvalidField)):
         # The client gets the message.
         return
-    if type(error) in ERRORS:
-        status, _ = ERRORS[type(error)]
-        text = f"profiler: {status}: {error}\n" if str(error) else ""
+    found = _find_error(error)
+    if found:
+        text = f"profiler: {found[0]}: {error}\n" if str(error) else ""
     else:
         text = f"profiler: 500: {type(error).__name__}: {error}\n"
         # A traceback needs modules and source files, which may be gone if Python was
@@ -2057,9 +2073,9 @@ def take_head(received: bytearray) -> Steps:
     is_line_checked = False
     while not (end := HEAD_END.search(received)):
         head = bytes(received)
-        is_complete = b"\n" in head or len(head) > MAX_REQUEST_LINE
+        is_line_here = b"\n" in head or len(head) > MAX_REQUEST_LINE
         if not is_line_checked and (
-            is_complete or not _REQUEST_START.fullmatch(head.decode("latin-1"))
+            is_line_here or not _REQUEST_START.fullmatch(head.decode("latin-1"))
         ):
             parse_request_line(head)
             is_line_checked = True
@@ -2154,7 +2170,7 @@ MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 SELECT_FILES = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
-SENT_TOGETHER = 32  # requests whose responses are computed before they are sent
+SENT_TOGETHER = 32  # responses at most that are computed before the first of them is sent
 RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
@@ -2196,7 +2212,7 @@ class Server(WSGIServer):
         self.max_connections = _find_max_connections()
         self.selector = selectors.DefaultSelector()
         self._workers = 0
-        self._busy = 0
+        self._unfinished = 0
         self._next_check = 0.0
         # A job is a function, and the connection to resume with its result.
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = (
@@ -2264,12 +2280,12 @@ class Server(WSGIServer):
 
         If there is no worker, resume it with Busy.
         """
-        if self._workers < min(self._busy + 1, WORKERS):
+        if self._workers < min(self._unfinished + 1, WORKERS):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._work, daemon=True).start()
                 self._workers += 1
         if self._workers:
-            self._busy += 1
+            self._unfinished += 1
             self._jobs.put((function, connection))
         else:
             connection.resume(Busy("a thread is needed: can't start new thread"))
@@ -2293,7 +2309,7 @@ class Server(WSGIServer):
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(RECEIVE_SIZE)
         while not self._finished.empty():
-            self._busy -= 1
+            self._unfinished -= 1
             connection, result = self._finished.get()
             connection.resume(result)
 
@@ -2494,7 +2510,7 @@ class Connection:
                 body = (b"",)
         yield from self._send_response(status, headers, body)
         if status.startswith("503") and not self.is_last:
-            # Clients that try again at once would keep the threads busy that serve others.
+            # Clients that try again at once would take the threads that others need.
             self.deadline = time.monotonic() + RETRY_PAUSE
             # The HTTPError of the deadline ends the pause.
             with contextlib.suppress(HTTPError):
@@ -2729,7 +2745,7 @@ def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
     family, address = _find_address(arguments)
     token = None
     if arguments.token_file is not None:
-        token = _read_tokens(arguments.token_file)
+        token = _read_token_file(arguments.token_file)
     app = Application(Accounts(users, arguments.iterations), token, arguments.anonymous)
     ip = str(address[0])
     is_loopback = ip.startswith("127.") or ip == "::1"
@@ -2739,8 +2755,6 @@ def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
         )
     users.ping()
     count = users.count()
-    # The first request opens the file again, and notices if it was moved.
-    users.close()
     try:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:
@@ -2781,7 +2795,7 @@ def _find_address(arguments: argparse.Namespace) -> tuple[int, Any]:
     return family, address
 
 
-def _read_tokens(path: str) -> str:
+def _read_token_file(path: str) -> str:
     """Return the text of a token file. Raise ValueError."""
     try:
         with open(path, "rb") as file:

@@ -528,7 +528,7 @@ class SQLAlchemyUsers:
         self.failures: profiler.Failures = SharedFailures(self)
         self._searches = _limit("one of the searches at the same time", MAX_SEARCHES)
         self._places = _limit("a connection to the database", POOL_SIZE)
-        profiler.call_at_fork(self)
+        profiler.register_for_forks(self)
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See profiler.Storage."""
@@ -877,7 +877,11 @@ WHERE account = %s
         rows = self._try(_fetch, self._select, account)
         if rows is None:
             return super().check(account)
-        return profiler.limit_failures(*rows[0]) if rows else 0
+        if not rows:
+            return 0
+        [(count, elapsed)] = rows
+        profiler.check_failure_count(count, elapsed)
+        return int(count)
 
     def add(self, account: Account) -> None:
         """See profiler.Failures."""

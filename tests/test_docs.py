@@ -966,7 +966,6 @@ def test_section_does_not_know_what_is_not_its_business(name):
         ("docs/design.md", f"batches of {profiler.BATCH}"),
         ("docs/design.md", f"Up to {profiler.WORKERS} workers"),
         ("docs/design.md", f"pages of more than {profiler.SHORT_PAGE} users"),
-        ("docs/design.md", f"A response of {profiler.RECEIVE_SIZE // 1024} KiB or more is sent"),
         ("docs/design.md", f"a writer's lock, up to {profiler.BUSY_TIMEOUT:.0f} seconds"),
     ],
 )

@@ -359,7 +359,11 @@ def test_invalid_field_is_refused_without_http(accounts, name, value, problem):
     [
         ("import_user", ("H", "P", "h@example.com", "1234"), "password_hash must be a PBKDF2"),
         ("update", (1, {"first_name": ""}), "first_name must not be blank"),
-        ("update", (1, {"id": 7}), "id must be one of first_name, last_name, email"),
+        (
+            "update",
+            (1, {"id": 7}),
+            "id cannot be updated: allowed are first_name, last_name, email",
+        ),
         ("verify", ("harry@example.com", None), "password must be a string"),
         ("verify", ("\0", "1234"), "email must not contain control characters"),
         ("change_password", (1, 1234, "5678"), "old_password must be a string"),
