@@ -168,7 +168,7 @@ def measure_server(server, name, count):
     [(version,)] = server.execute("SELECT version()")
     yield f"## {count:,} users on {'PostgreSQL' if name == 'postgresql' else 'MariaDB'}\n"
     yield (
-        f"Made by `python bench/many_users.py {' '.join(sys.argv[1:])}` on "
+        f"Made by `{' '.join(['python bench/many_users.py', *sys.argv[1:]])}` on "
         f"{datetime.date.today()}: {platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, {version.partition(' on ')[0]}, server and client on the "
         f"same machine. The server made the users in {seconds:,.0f} s.\n"
