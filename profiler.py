@@ -2755,6 +2755,8 @@ def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
         )
     users.ping()
     count = users.count()
+    # The first request opens the file again, and notices if it was moved meanwhile.
+    users.close()
     try:
         server = Server(family, address, app, not arguments.no_access_log)
     except OSError as error:

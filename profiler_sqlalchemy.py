@@ -408,7 +408,8 @@ def _create_engine(url: URL) -> Engine:
         raise ValueError(f"{error}: {INSTALL}") from None
 
     def prepare(connection: Any, record: Any) -> None:
-        record.info.update(opened=time.monotonic(), used=time.monotonic())
+        now = time.monotonic()
+        record.info.update(opened=now, used=now, cursor=connection.cursor())
         if backend == "postgresql":
             _prepare_psycopg(connection, record.info, "options" not in url.query)
 
@@ -451,7 +452,7 @@ def _prepare_psycopg(connection: Any, info: dict[str, Any], set_timeout: bool) -
         raise Unavailable(
             f"the encoding of the database is {encoding}: create one with ENCODING 'UTF8'"
         )
-    [(pid,)] = connection.execute("SELECT pg_backend_pid()").fetchall()
+    pid = connection.execute("SELECT pg_backend_pid()").fetchone()[0]
     if pid != connection.info.backend_pid:
         # There is a pooler. Its clients may share a session, and with it the names of
         # prepared statements: a statement would execute another client's. Settings
@@ -747,7 +748,7 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
         while True:
             connection = self._check_out(start, is_read)
             try:
-                result = operation(connection.cursor())
+                result = operation(connection.info["cursor"])
                 if not is_read and self._dialect.returning:
                     # pgpool in raw mode has begun a transaction. Otherwise there is none,
                     # and psycopg sends nothing.
@@ -785,20 +786,20 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
     def _check_out(self, start: float, is_read: bool) -> Any:
         """Return a connection of the pool. Raise Unavailable."""
         while True:
+            pool: Any = self._engine.pool
             try:
-                connection = self._engine.raw_connection()
+                connection = pool.connect()
             # Drivers raise a TypeError for an unknown option, among others.
             except Exception as error:
                 message = _message(error)
-                pool: Any = self._engine.pool
                 # If the server allows no more connections, but the pool has some (its
                 # overflow counts from -POOL_SIZE), wait for one of these. Then let fewer
                 # threads use one, for a while.
-                may_wait = pool.overflow() > -POOL_SIZE and re.search(
-                    TOO_MANY_CONNECTIONS, message
-                )
-                timeout = start + POOL_TIMEOUT - time.monotonic()
-                if not (may_wait and self._places.gate.acquire(timeout=timeout)):
+                if not (
+                    pool.overflow() > -POOL_SIZE
+                    and re.search(TOO_MANY_CONNECTIONS, message)
+                    and self._places.gate.acquire(timeout=start + POOL_TIMEOUT - time.monotonic())
+                ):
                     raise Unavailable(message) from None
                 timer = threading.Timer(RETRY_TIME, self._places.gate.release)
                 timer.daemon = True

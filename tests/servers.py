@@ -1,6 +1,6 @@
 """Start and stop real servers for tests and measurements, on Linux.
 
-PostgreSQL, MariaDB, a Galera cluster, a primary with a synchronous standby, Patroni
+PostgreSQL, MariaDB, MySQL, a Galera cluster, a primary with a synchronous standby, Patroni
 with etcd, PgBouncer and haproxy:
 
     with postgresql() as server, pgbouncer(server, "session") as pooler:
@@ -64,6 +64,7 @@ FOLDERS = [
 PACKAGES = {
     "postgres": "postgresql",
     "mariadbd": "mariadb-server",
+    "mysqld": "mysql-server-core",
     GALERA: "galera-4",
     "rsync": "rsync",
     "haproxy": "haproxy",
@@ -75,6 +76,7 @@ NEEDS = {
     "postgresql": ["postgres"],
     "postgresql_with_standby": ["postgres"],
     "mariadb": ["mariadbd"],
+    "mysql": ["mysqld"],
     "galera": ["mariadbd", GALERA, "rsync"],
     "pgbouncer": ["postgres", "pgbouncer"],
     "patroni": ["postgres", "patroni", "etcd"],
@@ -93,7 +95,10 @@ def missing(*names):
 def find_program(name):
     if isinstance(name, pathlib.Path):
         return name if name.exists() else None
-    return shutil.which(name, path=os.pathsep.join(FOLDERS))
+    path = shutil.which(name, path=os.pathsep.join(FOLDERS))
+    # MariaDB has a link of the name mysqld.
+    is_link = name == "mysqld" and path and os.path.realpath(path).endswith("mariadbd")
+    return None if is_link else path
 
 
 def program(name):
@@ -534,9 +539,10 @@ class MariaDB(Server):
     documented_port = 3306
     writable = "SELECT 1"
     table = "user"
+    daemon = "mariadbd"
 
     def __init__(self, **settings):
-        self.program, self.installer = program("mariadbd"), program("mariadb-install-db")
+        self.program = program(self.daemon)
         super().__init__()
         self.data = self.folder / "data"
         self.settings = {
@@ -558,7 +564,7 @@ class MariaDB(Server):
         """Create the data folder, without roles of ours: a node of Galera gets them
         from the others."""
         self.run(
-            self.installer, "--no-defaults", f"--datadir={self.data}",
+            program("mariadb-install-db"), "--no-defaults", f"--datadir={self.data}",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",
         )  # fmt: skip
@@ -603,6 +609,18 @@ class MariaDB(Server):
         return self.url(name, "limited")
 
 
+class MySQL(MariaDB):
+    """MySQL, whose authentication needs the package cryptography without TLS."""
+
+    daemon = "mysqld"
+
+    def __init__(self, **settings):
+        super().__init__(**{"mysqlx": 0, "sync-binlog": 0, "secure-file-priv": "NULL", **settings})
+
+    def install(self):
+        self.run(self.program, "--no-defaults", "--initialize-insecure", f"--datadir={self.data}")
+
+
 class GaleraNode(MariaDB):
     """A node of a Galera cluster: the one with this number, counted from 0, of those
     that listen on the addresses."""
@@ -637,6 +655,11 @@ class GaleraNode(MariaDB):
 def mariadb(**settings):
     """Start MariaDB: `with mariadb(**{"sql-mode": "ANSI"}) as server`."""
     return running(MariaDB(**settings))
+
+
+def mysql(**settings):
+    """Start MySQL, as `mariadb` does MariaDB."""
+    return running(MySQL(**settings))
 
 
 @contextlib.contextmanager

@@ -720,14 +720,21 @@ def test_closing_during_a_fork_does_not_lock_the_database(application, users, mo
 
 def test_second_fork_waits_for_the_first_one(application):
     assert post(application).status == 201
+
+    def fork():
+        profiler._call_all("before_fork")
+        profiler._call_all("after_fork_in_parent")
+
     profiler._call_all("before_fork")
     with ThreadPoolExecutor(1) as threads:
-        second = threads.submit(profiler._call_all, "before_fork")
+        second = threads.submit(fork)
         time.sleep(0.05)
         assert not second.done()
-        profiler._call_all("after_fork_in_parent")
+        # An object that was created since is in use, but was not held by this fork.
+        shared = profiler.SharedConnection(1)
+        with shared:
+            profiler._call_all("after_fork_in_parent")
         second.result(timeout=10)
-    profiler._call_all("after_fork_in_parent")
     assert (write(application).status, call(application).status) == (204, 200)
 
 

@@ -1,4 +1,5 @@
-"""profiler_sqlalchemy on PostgreSQL and MariaDB, and through PgBouncer. servers.py starts them."""
+"""profiler_sqlalchemy on PostgreSQL and MariaDB, on MySQL where it is installed, and through
+PgBouncer. servers.py starts them."""
 
 from __future__ import annotations
 
@@ -67,7 +68,15 @@ def mariadb_server():
         yield server
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
+@pytest.fixture(scope="session")
+def mysql_server():
+    pytest.importorskip("cryptography", reason="PyMySQL needs it for MySQL's passwords")
+    with servers.mysql() as server:
+        yield server
+
+
+# Debian has MySQL only in its unstable distribution.
+@pytest.fixture(params=["postgresql", "mariadb", *([] if servers.missing("mysql") else ["mysql"])])
 def server(request):
     return request.getfixturevalue(f"{request.param}_server")
 
@@ -1108,26 +1117,28 @@ def test_statement_rolled_back_for_others_is_attempted_three_times(server, url, 
 
 
 def fail(server, url, times):
-    """Make so many updates fail as in a deadlock."""
-    statements = [
-        "DROP SEQUENCE IF EXISTS failures",
-        "CREATE SEQUENCE failures",  # which is not rolled back
-        *(
-            [
-                f"""CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF;
-                RETURN new; END $$""",
-                """CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user"
-                FOR EACH ROW EXECUTE FUNCTION fail()""",
-            ]
-            if isinstance(server, PostgreSQL)
-            else [
-                f"""CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON user FOR EACH ROW
-                IF nextval(failures) <= {times} THEN
-                SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF"""
-            ]
-        ),
-    ]
+    """Make so many updates fail as in a deadlock. What counts them is not rolled back."""
+    statements = (
+        [
+            "DROP SEQUENCE IF EXISTS failures",
+            "CREATE SEQUENCE failures",
+            f"""CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('failures') <= {times} THEN RAISE deadlock_detected; END IF;
+            RETURN new; END $$""",
+            """CREATE OR REPLACE TRIGGER fail BEFORE UPDATE ON "user"
+            FOR EACH ROW EXECUTE FUNCTION fail()""",
+        ]
+        if isinstance(server, PostgreSQL)
+        else [
+            "DROP TRIGGER IF EXISTS fail",
+            "DROP TABLE IF EXISTS failures",
+            "CREATE TABLE failures (n INT AUTO_INCREMENT PRIMARY KEY)",
+            f"""CREATE TRIGGER fail BEFORE UPDATE ON user FOR EACH ROW BEGIN
+            INSERT INTO failures VALUES (NULL);
+            IF LAST_INSERT_ID() <= {times} THEN
+            SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213; END IF; END""",
+        ]
+    )
     for statement in statements:
         server.execute(statement, database_of(url))
 
