@@ -311,44 +311,63 @@ class Limiter:
     def __init__(
         self,
         resource: str,
+        count: int = 1,
         max_waiting: int = sys.maxsize,
         timeout: float | None = None,
-        make_lock: Callable[[], Any] = threading.Lock,
     ) -> None:
         """Set the limits.
 
         :param resource: what the threads wait for, for messages
+        :param count: threads that are in at the same time
         :param max_waiting: if that many threads wait, more are refused at once
         :param timeout: seconds to wait; default: BUSY_TIMEOUT
-        :param make_lock: returns a lock, or a semaphore that lets several threads in
         """
         self._resource = resource
+        self._count = count
         self._max_waiting = max_waiting
         self.timeout = BUSY_TIMEOUT if timeout is None else timeout
-        self._make_lock = make_lock
         self.reset()
         register_for_forks(self)
 
     def reset(self) -> None:
         """Forget the threads that are in, and those that wait."""
-        self.gate = self._make_lock()
         self._waiting_places = threading.BoundedSemaphore(self._max_waiting)
+        # It has an item for each thread that may come in. A semaphore takes ten times as long.
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(self._count):
+            self.release()
 
     after_fork_in_child = reset
 
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Come in. Return False if that was not possible within `timeout` seconds."""
+        try:
+            self._free.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Leave."""
+        self._free.put(None)
+
     def __enter__(self) -> None:
-        if self.gate.acquire(blocking=False):
-            return
+        try:
+            self._free.get_nowait()
+        except queue.Empty:
+            self._wait()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(None)
+
+    def _wait(self) -> None:
         if not self._waiting_places.acquire(blocking=False):
             raise Busy(f"too many requests wait for {self._resource}")
         try:
-            if not self.gate.acquire(timeout=self.timeout):
+            if not self.acquire(self.timeout):
                 raise Busy(f"a request has waited too long for {self._resource}")
         finally:
             self._waiting_places.release()
-
-    def __exit__(self, *_: object) -> None:
-        self.gate.release()
 
 
 class SharedConnection(Limiter):
@@ -357,7 +376,7 @@ class SharedConnection(Limiter):
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
         self._forking_thread = 0
-        super().__init__("the database", max_waiting)
+        super().__init__("the database", max_waiting=max_waiting)
 
     def close(self) -> None:
         """Close the connection, which no thread may be using. The next use opens a new one."""
@@ -368,7 +387,7 @@ class SharedConnection(Limiter):
 
     def before_fork(self) -> None:
         """Close the connection, and let no thread open a new one."""
-        self.gate.acquire()
+        self.acquire()
         self.close()
         self._forking_thread = threading.get_ident()
 
@@ -377,7 +396,7 @@ class SharedConnection(Limiter):
         # It may have been created after before_fork was called.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
-            self.gate.release()
+            self.release()
 
 
 class Database:
@@ -520,9 +539,9 @@ class Database:
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
         for shared in self._shared:
-            if shared.gate.acquire(timeout=CLOSE_TIMEOUT):
+            if shared.acquire(CLOSE_TIMEOUT):
                 shared.close()
-                shared.gate.release()
+                shared.release()
 
     def _connect(self, shared: SharedConnection) -> sqlite3.Connection:
         """Open the file. Create the file and the table if they do not exist.
@@ -1195,10 +1214,7 @@ class Accounts:
         # the answer takes as long.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self._cores = Limiter(
-            "a core to hash a password",
-            MAX_WAITING_HASHES,
-            HASH_TIMEOUT,
-            lambda: threading.BoundedSemaphore(count_cores()),
+            "a core to hash a password", count_cores(), MAX_WAITING_HASHES, HASH_TIMEOUT
         )
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:

@@ -340,13 +340,6 @@ def _parse_url(text: str) -> URL:
     return url.set(drivername=DRIVERS[url.drivername])
 
 
-def _limit(resource: str, count: int) -> profiler.Limiter:
-    """Return a limiter that lets a number of threads in."""
-    return profiler.Limiter(
-        resource, timeout=POOL_TIMEOUT, make_lock=lambda: threading.BoundedSemaphore(count)
-    )
-
-
 def _list_hosts(url: URL) -> str:
     """Return the hosts in the query of a URL, separated by commas."""
     return ",".join(url.normalized_query.get("host", ()))
@@ -527,8 +520,10 @@ class SQLAlchemyUsers:
         # Connections that were opened before this time are replaced.
         self._replace_before = 0.0
         self.failures: profiler.Failures = SharedFailures(self)
-        self._searches = _limit("one of the searches at the same time", MAX_SEARCHES)
-        self._places = _limit("a connection to the database", POOL_SIZE)
+        self._searches = profiler.Limiter("other searches", MAX_SEARCHES, timeout=POOL_TIMEOUT)
+        self._places = profiler.Limiter(
+            "a connection to the database", POOL_SIZE, timeout=POOL_TIMEOUT
+        )
         profiler.register_for_forks(self)
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
@@ -798,10 +793,10 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                 if not (
                     pool.overflow() > -POOL_SIZE
                     and re.search(TOO_MANY_CONNECTIONS, message)
-                    and self._places.gate.acquire(timeout=start + POOL_TIMEOUT - time.monotonic())
+                    and self._places.acquire(max(0, start + POOL_TIMEOUT - time.monotonic()))
                 ):
                     raise Unavailable(message) from None
-                timer = threading.Timer(RETRY_TIME, self._places.gate.release)
+                timer = threading.Timer(RETRY_TIME, self._places.release)
                 timer.daemon = True
                 timer.start()
                 continue

@@ -956,7 +956,9 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     with serving(application) as server, contextlib.ExitStack() as stack:
         searchers = [stack.enter_context(connected(server)) for _ in range(66)]
         other = stack.enter_context(connected(server))
-        with shared.gate:
+        assert shared.acquire(0)
+        with contextlib.ExitStack() as held:
+            held.callback(shared.release)
             for connection in searchers:
                 connection.sendall(get(b"/users/?q=first"))
             for _ in searchers:
@@ -1161,14 +1163,11 @@ def waiting(monkeypatch):
     """An event: a thread has to wait for a core to hash on."""
     event = threading.Event()
 
-    class Cores(threading.BoundedSemaphore):
-        def acquire(self, blocking=True, timeout=None):
-            if super().acquire(blocking=False):
-                return True
-            event.set()
-            return blocking and super().acquire(timeout=timeout)
+    def wait(limiter, wait=profiler.Limiter._wait):
+        event.set()
+        wait(limiter)
 
-    monkeypatch.setattr(threading, "BoundedSemaphore", Cores)
+    monkeypatch.setattr(profiler.Limiter, "_wait", wait)
     return event
 
 

@@ -1191,7 +1191,7 @@ def test_searches_leave_connections_to_other_requests(server, url, application, 
             assert call(application, path="/health/").status == 200
         until(lambda: sum(search.done() for search in searches) == 14)
         refused = [search.result() for search in searches if search.done()]
-    assert_unavailable(refused[0], "waited too long for one of the searches")
+    assert_unavailable(refused[0], "waited too long for other searches")
     assert sorted(search.result().status for search in searches) == [200] * 2 + [503] * 14
 
 
