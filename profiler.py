@@ -252,9 +252,9 @@ def _normalise(password: str) -> bytes:
 # responses.
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
-# Afterwards both processes open new ones. A fork waits for the statements and transactions
-# that are running. Any thread may fork at any time, with one exception: a guard runs inside a
-# transaction, and would wait for itself.
+# Afterwards both processes open new ones. A fork waits for the statements, transactions and
+# backups that are running. Any thread may fork at any time, with one exception: a guard runs
+# inside a transaction, and would wait for itself.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
@@ -431,6 +431,8 @@ class Database:
         self._has_wal_file = False
         self._shared: list[SharedConnection] = []
         self.write_connection = self.add_connection()
+        # A backup opens a connection of its own, but a fork waits for this one.
+        self._backup_connection = self.add_connection()
 
     def add_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
         """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
@@ -478,13 +480,14 @@ class Database:
         Writes and /health/ check this. For a read, it would cost too much. If the file is
         gone, SQLite would create an empty one. What is written to a deleted file is lost.
         """
-        is_open = any(shared.connection for shared in self._shared)
         is_lost = self._file is not None and self._file != _identify(self.location)
-        if is_open and self._has_wal_file:
-            # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal
-            # file takes 40 us longer to sync.
-            for suffix in ("-wal", "-shm"):
-                is_lost = is_lost or not os.access(self.location + suffix, os.F_OK)
+        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal file
+        # takes 40 us longer to sync.
+        if self._has_wal_file and not all(
+            os.access(self.location + suffix, os.F_OK) for suffix in ("-wal", "-shm")
+        ):
+            # SQLite itself deletes both when the last connection is closed.
+            is_lost = is_lost or any(shared.connection for shared in self._shared)
         if is_lost:
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
@@ -499,7 +502,8 @@ class Database:
         for suffix in ("", "-wal", "-shm"):
             needed[self.location + suffix] = os.R_OK | os.W_OK
         for path, mode in needed.items():
-            if os.path.exists(path) and not os.access(path, mode):
+            # In this order: SQLite may delete a file in between.
+            if not os.access(path, mode) and os.path.exists(path):
                 raise Unavailable(f"this user may not read and write {path}")
 
     def backup(self, path: str) -> None:
@@ -524,7 +528,7 @@ class Database:
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             # Not _connect(): a copy changes nothing in its source.
-            with contextlib.closing(self._open()) as connection:
+            with self._backup_connection, contextlib.closing(self._open()) as connection:
                 _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part, os.O_RDWR)
             _publish(part, path)
@@ -2372,13 +2376,17 @@ class Server(WSGIServer):
                 if not self._make_room():
                     time.sleep(ACCEPT_PAUSE)
                 return
-            if len(self.connections) >= self.max_connections and not self._make_room():
+            is_full = len(self.connections) >= self.max_connections
+            if is_full and not self._make_room():
                 client.close()
                 continue
             client.setblocking(False)
             connection = Connection(self, client, address[0])
             self.connections[connection] = None
             connection.resume()
+            if is_full:
+                # What the others have sent is read before they can be closed.
+                return
 
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for its client, if one does."""
@@ -2481,12 +2489,12 @@ class Connection:
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise HTTPError, OSError."""
         while not self.is_last:
+            # At shutdown, a request that has arrived already is answered.
+            timeout = 0 if self.server.stopping else IDLE_TIMEOUT
+            self.deadline = time.monotonic() + timeout
             # Empty lines before a request are ignored (RFC 9112 2.2).
             while not self.received.lstrip(b"\r\n"):
                 self.received.clear()
-                # At shutdown, a request that has arrived already is answered.
-                timeout = 0 if self.server.stopping else IDLE_TIMEOUT
-                self.deadline = time.monotonic() + timeout
                 self.is_idle = True
                 yield
                 self.is_idle = False

@@ -787,6 +787,30 @@ def test_fork_waits_for_a_transaction_and_the_child_can_write(application, users
 
 @needs_fork
 @ignores_fork_warning
+def test_fork_waits_for_a_backup(application, users, path, tmp_path, monkeypatch):
+    """The copy has a connection, too. With it, the child would lose what it writes."""
+    assert post(application).status == 201
+    started, events = threading.Event(), []
+    execute = profiler._execute
+
+    def execute_slowly(connection, statement, *given, **options):
+        cursor = execute(connection, statement, *given, **options)
+        if statement.startswith("VACUUM"):
+            started.set()
+            time.sleep(0.2)
+            events.append("copied")
+        return cursor
+
+    monkeypatch.setattr(profiler, "_execute", execute_slowly)
+    with ThreadPoolExecutor(1) as threads:
+        backup = threads.submit(users.backup, str(tmp_path / "copy"))
+        assert started.wait(10)
+        assert in_a_fork(lambda: events == ["copied"] and write(application).status == 204)
+        backup.result(timeout=10)
+
+
+@needs_fork
+@ignores_fork_warning
 def test_child_does_not_recreate_a_file_that_was_moved(application, path, tmp_path):
     assert post(application).status == 201
     application.close()
