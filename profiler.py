@@ -6,7 +6,7 @@
     PUT                        /users/ID/password/          change a password
     PUT                        /users/ID/password/reset/    replace a forgotten password
     POST                       /users/verify/               verify an email and a password
-    GET                        /health/                     check that users can be read
+    GET                        /health/                     check that users can be served
 
 Run:    `python profiler.py` serves http://127.0.0.1:5000/ with the users in
         ./db.sqlite3. `--help` lists all options.
@@ -106,14 +106,17 @@ MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
 SHORT_PAGE = 100  # users on the longest page that the server reads without a worker
-BATCH = 500  # users in a part of a list after the first one, and on a page of a search
+BATCH = 500  # users in the second and later parts of a list, and on a page of a search
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
 
 
 def parse_number(text: str, name: str, low: int, high: int) -> int:
-    """Return the number in a setting or a parameter. Raise ValueError, which names it."""
+    """Return the number in a setting or a parameter.
+
+    Raise ValueError, which names the setting, if it is no number or out of range.
+    """
     number = int(text) if DIGITS.fullmatch(text) else low - 1
     if not low <= number <= high:
         raise ValueError(f"{name} must be a number from {low} to {high}")
@@ -205,7 +208,7 @@ def parse_hash(password_hash: str) -> tuple[Callable[[bytes], bytes], bytes] | N
 
 
 def _decode(text: str) -> bytes:
-    """Decode base64, also passlib's. Raise ValueError."""
+    """Decode base64, also passlib's. Raise ValueError if it is malformed."""
     return a2b_base64(text.replace(".", "+") + "=" * (-len(text) % 4))
 
 
@@ -301,8 +304,8 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-class Limiter:
-    """Lets one thread at a time in, or a few. Others wait, and get Busy in the end.
+class CapacityLimiter:
+    """Lets a number of threads in at the same time. Others wait, and get Busy in the end.
 
     Use it as a context manager. A forked child, which has only the thread that forked, can
     use it, too.
@@ -370,7 +373,7 @@ class Limiter:
             self._waiting_places.release()
 
 
-class SharedConnection(Limiter):
+class SharedConnection(CapacityLimiter):
     """One SQLite connection that several threads use in turn. It is opened on first use."""
 
     def __init__(self, max_waiting: int) -> None:
@@ -393,7 +396,7 @@ class SharedConnection(Limiter):
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # It may have been created after before_fork was called.
+        # This object may have been created after before_fork was called on the others.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
             self.release()
@@ -478,7 +481,7 @@ class Database:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
 
         Writes and /health/ check this. For a read, it would cost too much. If the file is
-        gone, SQLite would create an empty one. What is written to a deleted file is lost.
+        gone, _create_file would create an empty one. What is written to a deleted file is lost.
         """
         is_lost = self._file is not None and self._file != _identify(self.location)
         # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal file
@@ -511,7 +514,8 @@ class Database:
 
         The copy is complete and on disk before the file gets its name.
 
-        :raises OSError: if the file exists, or one of the two cannot be read or written
+        :raises OSError: if the new file exists or cannot be written, or the database cannot
+            be read
         :raises Unavailable: if the database was moved or deleted
         """
         folder, name = os.path.split(path)
@@ -656,7 +660,7 @@ class Database:
         return Unavailable(f"{error}{hint}")
 
 
-def read_file(name: str) -> bytes:
+def read_installed_file(name: str) -> bytes:
     """Return a file that is installed with this module. Raise OSError.
 
     The module may be a plain file, or come from a wheel or a zip archive.
@@ -738,7 +742,10 @@ def _sync(path: str, flags: int) -> None:
 
 
 def _publish(old: str, new: str) -> None:
-    """Rename a file. Raise FileExistsError rather than replace one, OSError."""
+    """Rename a file. Raise OSError, and FileExistsError instead of replacing another file.
+
+    Only on a file system without links, a file that appears at this moment is replaced.
+    """
     try:
         # link() fails if there is a file of that name, rename() would replace it.
         os.link(old, new)
@@ -787,7 +794,8 @@ class Storage(Protocol):
     created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are positive and are never used again.
     Emails are compared ignoring the case of ASCII letters. Any number of threads may call
     the methods. Each of them may also raise Unavailable, or Busy if the same call may
-    succeed in a moment. Values have been checked: see Accounts.
+    succeed in a moment; for a damaged database, it raises what its library raises. Values
+    have been checked: see Accounts.
     """
 
     location: str  # the path or the URL, for people, without a password
@@ -881,15 +889,15 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self._lock = Limiter("the counts of wrong passwords")
+        self._lock = CapacityLimiter("the counts of wrong passwords")
         # The number and the time of the last wrong passwords, least recent first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: False before a hash. That check only spares the hash, so a storage may
-            skip it and return 0. True after the hash, when the check must be exact.
+        :param is_final: True for the check after a hash, which decides. False for the one
+            before it, which only saves the hash: a subclass may return 0 instead
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -898,7 +906,7 @@ class Failures:
     def add(self, account: int | bytes) -> None:
         """Add one to the count, or raise TooManyAttempts."""
         with self._lock:
-            # A subclass may check another count.
+            # Not self.check: that of a subclass may read another count.
             count = Failures.check(self, account)
             # Insert it anew, as the most recent one.
             self._counts.pop(account, None)
@@ -1100,7 +1108,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 
 
 def _read_schema() -> str:
-    return read_file("schema.sql").decode()
+    return read_installed_file("schema.sql").decode()
 
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
@@ -1152,7 +1160,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # check_field allows no control character but in passwords.
+        # As check_field says: it allows control characters in passwords only.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1198,7 +1206,7 @@ class Accounts:
     """The rules of accounts, on a storage of users. Any number of threads may call it.
 
     Every method may also raise what the methods of the storage raise: Unavailable, or Busy
-    if the same call may succeed in a moment. The other methods of the storage are public:
+    if the same call may succeed in a moment. For what has no rules, call the storage:
     `accounts.users.get(1)`.
     """
 
@@ -1217,7 +1225,7 @@ class Accounts:
         # A password is verified with this hash if there is no user or no usable hash, so that
         # the answer takes as long.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
-        self._cores = Limiter(
+        self._cores = CapacityLimiter(
             "a core to hash a password", count_cores(), MAX_WAITING_HASHES, HASH_TIMEOUT
         )
 
@@ -1347,13 +1355,14 @@ class Accounts:
         self.users.failures.clear(user_id)
 
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
-        """Raise WrongPassword, TooManyAttempts.
+        """Return if the password is right, and count it if it is wrong.
 
-        An unknown email or an unusable hash costs a hash, too. So the time does not reveal
-        whether there is such a user.
+        Raise WrongPassword, TooManyAttempts. An unknown email or an unusable hash costs a hash
+        of our own format, so that the time does not reveal whether there is such a user.
         """
         if len(password) > MAX_PASSWORD:
-            # It costs no hash. If it counted, floods of it would push out other counts.
+            # No hash can match. If such cheap attempts counted, a flood of them would push
+            # the counts of others out of the memory.
             raise WrongPassword
         failures = self.users.failures
         failures.check(account)
@@ -1399,8 +1408,9 @@ MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
 MAX_PARAMETERS = 20  # of a query; there are five
 
 JSON_TYPE = ("Content-Type", "application/json")
-# Sent with every response. Without X-Frame-Options, another website could find out which
-# ids exist, by embedding them as <object data>.
+# Sent with every response. no-store is for caches; clients may still compare entity tags.
+# Without X-Frame-Options, another website could find out which ids exist, by embedding them
+# as <object data>.
 _HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
@@ -1468,7 +1478,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
     return value
 
 
-def get_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def require_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Return the named members of an object. Raise HTTPError: 400 if one is missing or blank."""
     if any(is_blank(fields.get(name) or "") for name in names):
         raise HTTPError(400, "Required fields are missing")
@@ -1581,11 +1591,11 @@ def create_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     """
     fields = read_object(environ)
     if "password_hash" not in fields:
-        user_id = accounts.create(**get_fields(fields, *PROFILE, "password"))
+        user_id = accounts.create(**require_fields(fields, *PROFILE, "password"))
     elif "password" in fields:
         raise HTTPError(400, "password_hash and password exclude each other: send one of them")
     else:
-        user_id = accounts.import_user(**get_fields(fields, *PROFILE, "password_hash"))
+        user_id = accounts.import_user(**require_fields(fields, *PROFILE, "password_hash"))
     location = ("Location", _make_path(environ, f"users/{user_id}/"))
     return 201, to_json({"id": user_id}), (JSON_TYPE, location)
 
@@ -1602,7 +1612,7 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text and email is None:
         return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
-    # In this order, whatever the order of the query
+    # The first line sets the order of the parameters, the second one their values.
     following = {"limit": limit, "after": next_after, **query}
     following.update(limit=limit, after=next_after)
     url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
@@ -1613,8 +1623,7 @@ def get_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Resp
     """Return 200 with the user, or 304 if the client has the same."""
     user = accounts.users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    guard = make_guard(environ)
-    if guard and guard(user):
+    if evaluate_preconditions(environ, user):
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON_TYPE, entity_tag)
 
@@ -1625,7 +1634,7 @@ def update_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> R
     PUT needs all fields of a profile. PATCH changes those in the body (RFC 7396).
     """
     if environ["REQUEST_METHOD"] == "PUT":
-        changes = get_fields(read_object(environ), *PROFILE)
+        changes = require_fields(read_object(environ), *PROFILE)
     else:
         fields = read_object(environ, "application/merge-patch+json")
         changes = {name: fields[name] for name in PROFILE if name in fields}
@@ -1641,14 +1650,14 @@ def delete_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> R
 
 def change_password(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204 if the old password was right."""
-    fields = get_fields(read_object(environ), "old_password", "new_password")
+    fields = require_fields(read_object(environ), "old_password", "new_password")
     accounts.change_password(user_id, **fields, guard=make_guard(environ))
     return 204, None, ()
 
 
 def reset_password(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
     """Return 204. The old password is not needed: this is for the holder of the token."""
-    fields = get_fields(read_object(environ), "new_password")
+    fields = require_fields(read_object(environ), "new_password")
     accounts.reset_password(user_id, **fields, guard=make_guard(environ))
     return 204, None, ()
 
@@ -1658,7 +1667,7 @@ def verify_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
 
     401 would ask the client for another token (RFC 9110 15.5.2).
     """
-    user_id = accounts.verify(**get_fields(read_object(environ), "email", "password"))
+    user_id = accounts.verify(**require_fields(read_object(environ), "email", "password"))
     return 200, to_json({"id": user_id}), (JSON_TYPE,)
 
 
@@ -1673,7 +1682,7 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     path = environ.get("PATH_INFO")
     name, media_type = FILES[path or "/"]
     try:
-        content = read_file(name)
+        content = read_installed_file(name)
     except OSError:
         raise HTTPError(404, NOTHING_HERE) from None
     if not path:
@@ -1683,7 +1692,7 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
 
 
 USERS_PATH = re.compile("/users/?")
-_USER_PATH = "/users/([0-9]{1,19})"
+_USER_PATH = "/users/([0-9]{1,19})"  # MAX_ID has 19 digits.
 ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] = (
     (
         re.compile(f"{_USER_PATH}/?"),
@@ -1721,7 +1730,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 def is_long_read(environ: WSGIEnvironment) -> bool:
     """Return True if a GET may scan the table, or reads more than a short page."""
-    if not environ["QUERY_STRING"] or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
+    if not environ.get("QUERY_STRING") or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
     try:
         limit, _, _, email, text = parse_selection(parse_query(environ))
@@ -1768,7 +1777,8 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
 }
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
-_LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+_LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+_LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
 class Application:
@@ -1855,15 +1865,18 @@ class Application:
             raise HTTPError(401, message, challenge)
 
     def _check_host(self, environ: WSGIEnvironment) -> None:
-        """Raise HTTPError: 421 for a Host that is not a name of the loopback interface.
+        """Raise HTTPError: 421 for another machine, or a Host that is no loopback name.
 
-        This prevents DNS rebinding: a website can point its name at 127.0.0.1, and browsers
-        would send its requests here.
+        The name prevents DNS rebinding: a website can point its own name at 127.0.0.1, and
+        browsers would send its requests here.
         """
-        if not _LOOPBACK.fullmatch(environ.get("HTTP_HOST", "localhost")):
+        # With a Unix socket, the address is empty.
+        address = environ.get("REMOTE_ADDR") or "127.0.0.1"
+        host = environ.get("HTTP_HOST", "localhost")
+        if not (_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host)):
             raise HTTPError(
                 421,
-                "Without a token, only the hosts localhost and 127.0.0.1 are served. Set "
+                "Without a token, only this machine is served, as localhost or 127.0.0.1. Set "
                 "PROFILER_TOKEN, or PROFILER_ANONYMOUS=1 to serve everybody",
             )
 
@@ -1906,9 +1919,8 @@ def create_app(
     :param token: one or several tokens, separated by white space. Requests must have one of
         them. Default: PROFILER_TOKEN, or else none
     :param anonymous: True serves every host if there is no token; use it where the
-        application around this one checks access. Otherwise, without a token, the header
-        Host of a request must be a loopback name, such as localhost. Default:
-        PROFILER_ANONYMOUS, or else False
+        application around this one checks access. Otherwise, without a token, only this
+        machine is served. Default: PROFILER_ANONYMOUS, or else False
     :raises ValueError: for an invalid setting
     """
     return Application(Accounts(Users(database), iterations), token, anonymous)
@@ -2176,7 +2188,7 @@ def format_time(second: int) -> tuple[str, str]:
 # Seconds unless stated otherwise.
 IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
 HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
-BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
+BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body, which may be ignored
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
 LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
@@ -2197,7 +2209,8 @@ MAX_LOGGED = 512  # bytes of a request line in the log
 
 _CLOSE = re.compile(r"(^|,)[ \t]*close[ \t]*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
-# What a connection waits for.
+# What a connection waits for. `yield` without a value waits for READ, and NOTHING for the
+# deadline.
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 NOTHING = 0
@@ -2308,7 +2321,7 @@ class Server(WSGIServer):
             self._unfinished += 1
             self._jobs.put((function, connection))
         else:
-            connection.resume(Busy("a thread is needed: can't start new thread"))
+            connection.resume(Busy("no worker thread could be started"))
 
     def _work(self) -> None:
         while True:
@@ -2418,7 +2431,7 @@ class Connection:
         self.received = bytearray()
         self.head = b""
         self.is_idle = False
-        self.is_last = False
+        self.is_last_request = False
         self.deadline = math.inf
         # The events that the selector watches.
         self._events = NOTHING
@@ -2488,7 +2501,7 @@ class Connection:
 
     def _serve(self) -> Steps:
         """Answer requests until either side closes the connection. Raise HTTPError, OSError."""
-        while not self.is_last:
+        while not self.is_last_request:
             # At shutdown, a request that has arrived already is answered.
             timeout = 0 if self.server.stopping else IDLE_TIMEOUT
             self.deadline = time.monotonic() + timeout
@@ -2522,18 +2535,18 @@ class Connection:
             is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
             has_close = _CLOSE.search(environ.get("HTTP_CONNECTION", ""))
             if not is_http_1_1 or self.server.stopping or has_close:
-                self.is_last = True
+                self.is_last_request = True
             if is_http_1_1 and not isinstance(body, tuple):
                 headers.append(_CHUNKED)
         except (HTTPError, Unavailable) as error:
-            self.is_last = True
+            self.is_last_request = True
             self.head = self.head or bytes(self.received)
             log_error(error, self.server.base_environ)
             status, headers, body = to_wsgi(to_error_response(error))
             if self.head.startswith(b"HEAD "):
                 body = (b"",)
         yield from self._send_response(status, headers, body)
-        if status.startswith("503") and not self.is_last:
+        if status.startswith("503") and not self.is_last_request:
             # Clients that try again at once would take the threads that others need.
             self.deadline = time.monotonic() + RETRY_PAUSE
             # The HTTPError of the deadline ends the pause.
@@ -2583,7 +2596,7 @@ class Connection:
         """
         date, local_time = format_time(int(time.time()))
         persistence = f"Keep-Alive: timeout={IDLE_TIMEOUT}"
-        if self.is_last:
+        if self.is_last_request:
             persistence = "Connection: close"
         fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
         start = f"HTTP/1.1 {status}\r\nDate: {date}\r\nServer: profiler/{__version__}\r\n"
@@ -2678,7 +2691,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser(
-    prog: str = "profiler", database: str = "the SQLite file"
+    prog: str = "profiler", database_help: str = "the SQLite file"
 ) -> tuple[argparse.ArgumentParser, Any]:
     """Return the parser of the command line, and its subparsers.
 
@@ -2697,11 +2710,12 @@ def make_parser(
         help=f"the port to listen on; 0 picks a free one (PROFILER_PORT, else PORT; "
         f"default: {PORT})",
     )
-    add("--database", help=f"{database} (PROFILER_DATABASE; default: {DATABASE})")
+    add("--database", help=f"{database_help} (PROFILER_DATABASE; default: {DATABASE})")
     add(
         "--token-file",
         metavar="PATH",
-        help="require a token of this file, one per line (PROFILER_TOKEN: the token)",
+        help="a file of tokens, one per line, of which requests must send one "
+        "(PROFILER_TOKEN: the tokens themselves)",
     )
     add(
         "--anonymous",
@@ -2717,10 +2731,10 @@ def make_parser(
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
-    return parser, _add_commands(parser, database)
+    return parser, _add_commands(parser, database_help)
 
 
-def _add_commands(parser: argparse.ArgumentParser, database: str) -> Any:
+def _add_commands(parser: argparse.ArgumentParser, database_help: str) -> Any:
     """Add the commands to the parser, and return its subparsers."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     initialise = commands.add_parser(
@@ -2734,7 +2748,7 @@ def _add_commands(parser: argparse.ArgumentParser, database: str) -> Any:
     backup.add_argument("path", metavar="PATH", help="a new file")
     backup.set_defaults(run=_backup)
     for command in (initialise, backup):
-        command.add_argument("--database", default=argparse.SUPPRESS, help=database)
+        command.add_argument("--database", default=argparse.SUPPRESS, help=database_help)
     return commands
 
 

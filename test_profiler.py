@@ -1518,6 +1518,21 @@ def test_other_host_returns_421_without_token(application, users, host):
     assert users.count() == 0
 
 
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1", "192.168.127.1", "::2", "::ffff:10.0.0.1", "1127.0.0.1"]
+)
+def test_client_on_another_machine_gets_421_without_token(application, users, address):
+    """It could send any Host."""
+    answer = call(application, "POST", fields=HARRY, HTTP_HOST="localhost", REMOTE_ADDR=address)
+    assert (answer.status, users.count()) == (421, 0)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", ""])
+def test_client_on_this_machine_is_served_without_token(application, address):
+    """The address is empty for a Unix socket."""
+    assert call(application, HTTP_HOST="localhost", REMOTE_ADDR=address).status == 200
+
+
 def test_forwarded_host_is_ignored(application):
     assert (
         call(application, HTTP_HOST="evil.example", HTTP_X_FORWARDED_HOST="localhost").status

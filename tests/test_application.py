@@ -445,7 +445,7 @@ def files(monkeypatch):
             raise FileNotFoundError(name)
         return files[name]
 
-    monkeypatch.setattr(profiler, "read_file", read_file)
+    monkeypatch.setattr(profiler, "read_installed_file", read_file)
     return files
 
 

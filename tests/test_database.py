@@ -241,7 +241,9 @@ HOSTILE_SCHEMAS = {
 @pytest.fixture
 def schema(monkeypatch):
     """A function that replaces schema.sql."""
-    return lambda text: monkeypatch.setattr(profiler, "read_file", lambda name: text.encode())
+    return lambda text: monkeypatch.setattr(
+        profiler, "read_installed_file", lambda name: text.encode()
+    )
 
 
 @pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
@@ -273,7 +275,7 @@ def test_foreign_schema_sql_is_refused_and_changes_nothing(application, path, sc
 @pytest.mark.parametrize("name", ["user", "User", "USER"])
 def test_existing_table_is_used_without_reading_schema_sql(application, path, monkeypatch, name):
     execute(path, TUTORIAL_SCHEMA.replace("user", name, 1).strip())
-    monkeypatch.setattr(profiler, "read_file", lambda name: pytest.fail("read"))
+    monkeypatch.setattr(profiler, "read_installed_file", lambda name: pytest.fail("read"))
     assert (post(application).status, len(call(application).json)) == (201, 1)
 
 

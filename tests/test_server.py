@@ -946,12 +946,12 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     waiting = threading.Semaphore(0)
     shared = users._search_connection
 
-    def enter(limiter, enter=profiler.Limiter.__enter__):
+    def enter(limiter, enter=profiler.CapacityLimiter.__enter__):
         if limiter is shared:
             waiting.release()
         enter(limiter)
 
-    monkeypatch.setattr(profiler.Limiter, "__enter__", enter)
+    monkeypatch.setattr(profiler.CapacityLimiter, "__enter__", enter)
     with serving(application) as server, contextlib.ExitStack() as stack:
         searchers = [stack.enter_context(connected(server)) for _ in range(66)]
         other = stack.enter_context(connected(server))
@@ -990,7 +990,7 @@ def test_without_threads_a_write_returns_503_and_reads_go_on(
         assert ask(reader, DELETE).status == 204
     log = []
     until(lambda: log.append(capfd.readouterr().err) or any(log))
-    assert "".join(log) == "profiler: 503: a thread is needed: can't start new thread\n"
+    assert "".join(log) == "profiler: 503: no worker thread could be started\n"
 
 
 def test_server_starts_without_threads(application, monkeypatch):
@@ -1162,11 +1162,11 @@ def waiting(monkeypatch):
     """An event: a thread has to wait for a core to hash on."""
     event = threading.Event()
 
-    def wait(limiter, wait=profiler.Limiter._wait):
+    def wait(limiter, wait=profiler.CapacityLimiter._wait):
         event.set()
         wait(limiter)
 
-    monkeypatch.setattr(profiler.Limiter, "_wait", wait)
+    monkeypatch.setattr(profiler.CapacityLimiter, "_wait", wait)
     return event
 
 
