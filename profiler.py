@@ -589,7 +589,7 @@ class Database:
             uri=True,
         )
         # Another program may have stored invalid UTF-8.
-        connection.text_factory = lambda text: text.decode("utf-8", "replace").encode()
+        connection.text_factory = _to_utf8
         return connection
 
     def _create_file(self) -> None:
@@ -705,6 +705,10 @@ def _execute(
         # SQLite's own busy handler sleeps up to 100 ms between attempts, so it would lose to
         # writers that try more often.
         time.sleep(RETRY_INTERVAL)
+
+
+def _to_utf8(text: bytes) -> bytes:
+    return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
 def _identify(path: str) -> tuple[int, int] | None:
@@ -1792,6 +1796,11 @@ _LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?
 _LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
+@functools.lru_cache(maxsize=64)
+def _is_loopback(address: str, host: str) -> bool:
+    return bool(_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
+
+
 class Application:
     """The WSGI callable. Any number of threads may call it. See create_app."""
 
@@ -1883,8 +1892,7 @@ class Application:
         """
         # With a Unix socket, the address is empty.
         address = environ.get("REMOTE_ADDR") or "127.0.0.1"
-        host = environ.get("HTTP_HOST", "localhost")
-        if not (_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host)):
+        if not _is_loopback(address, environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
                 421,
                 "Without a token, only this machine is served, as localhost or 127.0.0.1. Set "
