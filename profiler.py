@@ -171,7 +171,7 @@ def verify_password(password_hash: str, password: str) -> bool:
         password matches a hash that is malformed, unsupported or too costly.
     :param password: any text. One that `hash_password` refuses never matches.
     """
-    parsed = parse_hash(str(password_hash))
+    parsed = parse_hash(password_hash)
     if parsed is None:
         return False
     derive, digest = parsed
@@ -343,7 +343,10 @@ class CapacityLimiter:
     after_fork_in_child = reset
 
     def acquire(self, timeout: float | None = None) -> bool:
-        """Come in. Return False if that was not possible within `timeout` seconds."""
+        """Come in. Return False if that was not possible within `timeout` seconds.
+
+        None stands for no limit.
+        """
         try:
             self._free.get(timeout=timeout)
         except queue.Empty:
@@ -434,15 +437,15 @@ class Database:
         self._has_wal_file = False
         self._shared: list[SharedConnection] = []
         self.write_connection = self.add_connection()
-        # A backup opens a connection of its own, but a fork waits for this one.
-        self._backup_connection = self.add_connection()
+        # A backup opens a connection of its own. This one is only held, so that a fork waits.
+        self._backup_lock = self.add_connection()
 
     def add_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
         """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
         self._shared.append(SharedConnection(max_waiting))
         return self._shared[-1]
 
-    def may_wait_for(self, shared: SharedConnection) -> bool:
+    def read_may_block(self, shared: SharedConnection) -> bool:
         """Return True if a read may have to wait: to open the file, or for a writer."""
         return shared.connection is None or not self._is_wal
 
@@ -480,8 +483,9 @@ class Database:
     def check_files(self) -> None:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
 
-        Writes and /health/ check this. For a read, it would cost too much. If the file is
-        gone, _create_file would create an empty one. What is written to a deleted file is lost.
+        Writes and /health/ check this. For a read, it would cost too much. Without this check,
+        an empty file would be created in place of one that was moved, and what is written to a
+        deleted file would be lost.
         """
         is_lost = self._file is not None and self._file != _identify(self.location)
         # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal file
@@ -532,7 +536,7 @@ class Database:
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             # Not _connect(): a copy changes nothing in its source.
-            with self._backup_connection, contextlib.closing(self._open()) as connection:
+            with self._backup_lock, contextlib.closing(self._open()) as connection:
                 _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part, os.O_RDWR)
             _publish(part, path)
@@ -585,7 +589,7 @@ class Database:
             uri=True,
         )
         # Another program may have stored invalid UTF-8.
-        connection.text_factory = lambda text: text.decode("utf-8", "replace").encode()
+        connection.text_factory = _to_utf8
         return connection
 
     def _create_file(self) -> None:
@@ -703,6 +707,10 @@ def _execute(
         time.sleep(RETRY_INTERVAL)
 
 
+def _to_utf8(text: bytes) -> bytes:
+    return text if text.isascii() else text.decode("utf-8", "replace").encode()
+
+
 def _identify(path: str) -> tuple[int, int] | None:
     """Return the device and the inode of a file, or None if it does not exist."""
     with contextlib.suppress(OSError):
@@ -714,8 +722,8 @@ def _identify(path: str) -> tuple[int, int] | None:
 def _can_map_files(folder: str) -> bool:
     """Return False if files in a folder cannot be mapped into memory.
 
-    This happens on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders. To
-    find out costs a file, once for each connection.
+    This happens on 9p (WSL 2's /mnt/c), and on some FUSE file systems and shared folders.
+    The test creates a small file and deletes it, once for each connection.
     """
     path = os.path.join(folder, f".{os.urandom(8).hex()}.profiler")
     is_refused = False
@@ -744,7 +752,8 @@ def _sync(path: str, flags: int) -> None:
 def _publish(old: str, new: str) -> None:
     """Rename a file. Raise OSError, and FileExistsError instead of replacing another file.
 
-    Only on a file system without links, a file that appears at this moment is replaced.
+    There is one exception: on a file system without links, a file that was created after the
+    caller looked is replaced.
     """
     try:
         # link() fails if there is a file of that name, rename() would replace it.
@@ -890,14 +899,15 @@ class Failures:
 
     def __init__(self) -> None:
         self._lock = CapacityLimiter("the counts of wrong passwords")
-        # The number and the time of the last wrong passwords, least recent first.
+        # For each account, the number of wrong passwords and the time of the last one. The
+        # account whose last one is oldest comes first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: True for the check after a hash, which decides. False for the one
-            before it, which only saves the hash: a subclass may return 0 instead
+        :param is_final: False before a hash. This check only avoids a needless hash, and a
+            subclass may skip it and return 0. True after a hash: this check decides
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -986,7 +996,7 @@ class Users(Database):
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        return self.may_wait_for(self._read_connection)
+        return self.read_may_block(self._read_connection)
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
@@ -1108,7 +1118,10 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 
 
 def _read_schema() -> str:
-    return read_installed_file("schema.sql").decode()
+    try:
+        return read_installed_file("schema.sql").decode()
+    except OSError as error:
+        raise Unavailable(str(error)) from None
 
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
@@ -1120,7 +1133,8 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 # -- accounts --------------------------------------------------------------------------
 # The rules: which values a field may have, how passwords are hashed and verified, and how
 # many wrong ones an account may have. Creating and changing a user check the fields.
-# Verifying and finding only compare, so that users with older emails can log in.
+# Verifying and finding only compare, so that users whose emails were stored under other
+# rules can log in.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_WAITING_HASHES = 128  # requests that wait for a core: half of the server's WORKERS
@@ -1160,7 +1174,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # As check_field says: it allows control characters in passwords only.
+        # Name what check_field refuses: NUL in passwords, and all control characters elsewhere.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1357,8 +1371,8 @@ class Accounts:
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Return if the password is right, and count it if it is wrong.
 
-        Raise WrongPassword, TooManyAttempts. An unknown email or an unusable hash costs a hash
-        of our own format, so that the time does not reveal whether there is such a user.
+        Raise WrongPassword, TooManyAttempts. An unknown email or an unusable hash takes as long
+        as a new hash does, so that the time reveals neither. Older hashes may take less.
         """
         if len(password) > MAX_PASSWORD:
             # No hash can match. If such cheap attempts counted, a flood of them would push
@@ -1629,9 +1643,10 @@ def get_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Resp
 
 
 def update_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 200 with the id. Other members of the body are ignored.
+    """Return 200 with the id.
 
-    PUT needs all fields of a profile. PATCH changes those in the body (RFC 7396).
+    PUT needs all fields of a profile. PATCH changes those in the body (RFC 7396). Members of
+    the body that are no fields of a profile are ignored.
     """
     if environ["REQUEST_METHOD"] == "PUT":
         changes = require_fields(read_object(environ), *PROFILE)
@@ -1728,8 +1743,8 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
     return limit, after, sort == "-id", email, text
 
 
-def is_long_read(environ: WSGIEnvironment) -> bool:
-    """Return True if a GET may scan the table, or reads more than a short page."""
+def may_block_reads(environ: WSGIEnvironment) -> bool:
+    """Return True for a GET that takes long, or needs a connection that workers use."""
     if not environ.get("QUERY_STRING") or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
     try:
@@ -1781,6 +1796,11 @@ _LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?
 _LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
+@functools.lru_cache(maxsize=64)
+def _is_loopback(address: str, host: str) -> bool:
+    return bool(_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
+
+
 class Application:
     """The WSGI callable. Any number of threads may call it. See create_app."""
 
@@ -1820,7 +1840,7 @@ class Application:
         A server with a single thread should then run the application in another one.
         """
         is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        return not is_read or self.users.reads_may_wait or is_long_read(environ)
+        return not is_read or self.users.reads_may_wait or may_block_reads(environ)
 
     def close(self) -> None:
         """Close the database. The next request opens it again."""
@@ -1872,8 +1892,7 @@ class Application:
         """
         # With a Unix socket, the address is empty.
         address = environ.get("REMOTE_ADDR") or "127.0.0.1"
-        host = environ.get("HTTP_HOST", "localhost")
-        if not (_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host)):
+        if not _is_loopback(address, environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
                 421,
                 "Without a token, only this machine is served, as localhost or 127.0.0.1. Set "
@@ -2188,9 +2207,10 @@ def format_time(second: int) -> tuple[str, str]:
 # Seconds unless stated otherwise.
 IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
 HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
-BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body, which may be ignored
+BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
-LINGER_TIMEOUT = 2.0  # for the client to close, after the last response
+LINGER_TIMEOUT = 2.0  # for the client to close, or to send more, after the last response
+MAX_LINGER = 30.0  # for the client to close, while it sends more
 DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
@@ -2209,8 +2229,8 @@ MAX_LOGGED = 512  # bytes of a request line in the log
 
 _CLOSE = re.compile(r"(^|,)[ \t]*close[ \t]*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
-# What a connection waits for. `yield` without a value waits for READ, and NOTHING for the
-# deadline.
+# What a connection waits for. A `yield` without a value stands for READ. `yield NOTHING` waits
+# until the deadline.
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 NOTHING = 0
@@ -2332,7 +2352,7 @@ class Server(WSGIServer):
                 # resume() treats an OSError as a lost connection, and would not log it.
                 result = Unavailable(str(error)) if isinstance(error, OSError) else error
             self._finished.put((connection, result))
-            # A worker without a job would keep the last connection and its request body.
+            # Otherwise an idle worker would keep the connection and its request body alive.
             del function, connection, result
             # The socket may be closed. If its buffer is full, the I/O thread wakes up anyway.
             with contextlib.suppress(OSError):
@@ -2516,7 +2536,7 @@ class Connection:
         # Read until the client closes. To close with unread input may lose the response
         # (RFC 9112 9.6).
         self.socket.shutdown(socket.SHUT_WR)
-        last_deadline = time.monotonic() + BODY_TIMEOUT
+        last_deadline = time.monotonic() + MAX_LINGER
         while True:
             self.deadline = min(last_deadline, time.monotonic() + LINGER_TIMEOUT)
             self.received.clear()
