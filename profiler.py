@@ -171,7 +171,8 @@ def verify_password(password_hash: str, password: str) -> bool:
         password matches a hash that is malformed, unsupported or too costly.
     :param password: any text. One that `hash_password` refuses never matches.
     """
-    parsed = parse_hash(password_hash)
+    # str(), because a caller may pass what a table without types has: None, or a number.
+    parsed = parse_hash(str(password_hash))
     if parsed is None:
         return False
     derive, digest = parsed

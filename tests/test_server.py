@@ -712,7 +712,7 @@ def test_silent_client_is_closed_after_its_last_response(server, monkeypatch):
 def test_client_that_sends_on_after_its_last_response_is_closed(server, monkeypatch):
     """A lingering close has an overall limit."""
     monkeypatch.setattr(profiler, "LINGER_TIMEOUT", 10)
-    monkeypatch.setattr(profiler, "BODY_TIMEOUT", 0.1)
+    monkeypatch.setattr(profiler, "MAX_LINGER", 0.1)
     with connected(server) as connection:
         connection.sendall(b"nonsense\r\n")
         assert statuses(receive(connection)) == [400]
