@@ -2116,6 +2116,13 @@ def check_head_size(head: bytes) -> None:
         raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
 
 
+def _cut(received: bytearray, size: int) -> bytes:
+    """Remove bytes from the front, and return them."""
+    removed = bytes(received[:size])
+    del received[:size]
+    return removed
+
+
 # Each function below removes bytes from the front of `received`, and returns them or what
 # they encode. They are generators, and yield when they need more bytes.
 
@@ -2133,23 +2140,21 @@ def take_head(received: bytearray) -> Steps:
             is_line_checked = True
         check_head_size(head)
         yield
-    return (yield from take(received, end.end()))
+    return _cut(received, end.end())
 
 
 def take(received: bytearray, size: int) -> Steps:
     """Take a number of bytes."""
     while len(received) < size:
         yield
-    taken = bytes(received[:size])
-    del received[:size]
-    return taken
+    return _cut(received, size)
 
 
 def take_until(received: bytearray, end: re.Pattern[bytes], limit: int) -> Steps:
     """Take the bytes up to the end of a match, or `limit` bytes if they contain no match."""
     while not (match := end.search(received, 0, limit)) and len(received) < limit:
         yield
-    return (yield from take(received, match.end() if match else limit))
+    return _cut(received, match.end() if match else limit)
 
 
 def take_chunked_body(received: bytearray) -> Steps:
@@ -2587,13 +2592,14 @@ class Connection:
         if "HTTP_EXPECT" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.deadline = time.monotonic() + BODY_TIMEOUT
+        body = b""
         if "HTTP_TRANSFER_ENCODING" in environ:
             # The application gets the decoded body, with its length.
             del environ["HTTP_TRANSFER_ENCODING"]
             body = yield from take_chunked_body(self.received)
             environ["CONTENT_LENGTH"] = str(len(body))
-        else:
-            body = yield from take(self.received, int(environ["CONTENT_LENGTH"] or 0))
+        elif environ["CONTENT_LENGTH"]:
+            body = yield from take(self.received, int(environ["CONTENT_LENGTH"]))
         environ["wsgi.input"] = io.BytesIO(body)
         return environ
 
