@@ -1821,19 +1821,14 @@ class Application:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Respond as PEP 3333 defines."""
-        status, headers, body = self.respond(environ)
-        start_response(status, headers)
-        return body
-
-    def respond(self, environ: WSGIEnvironment) -> WSGIResponse:
-        """Return the status, the headers and the body of a response, as to_wsgi does."""
         try:
             response = self._respond(environ)
         except Exception as error:
             log_error(error, environ)
             response = to_error_response(error)
         status, headers, body = to_wsgi(response)
-        return status, headers, (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
+        start_response(status, headers)
+        return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
 
     def may_wait(self, environ: WSGIEnvironment) -> bool:
         """Return True if a response may have to wait for a lock, a core, a disk or a scan.
@@ -2553,11 +2548,11 @@ class Connection:
 
         Raise OSError, and HTTPError if the client stops reading.
         """
-        application = self.server.application
         try:
             environ = yield from self._receive_request()
-            respond = functools.partial(application.respond, environ)
-            status, headers, body = (yield respond) if application.may_wait(environ) else respond()
+            run = functools.partial(self._run_application, environ)
+            may_wait = self.server.application.may_wait(environ)
+            status, headers, body = (yield run) if may_wait else run()
             is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
             has_close = _CLOSE.search(environ.get("HTTP_CONNECTION", ""))
             if not is_http_1_1 or self.server.stopping or has_close:
@@ -2578,6 +2573,13 @@ class Connection:
             # The HTTPError of the deadline ends the pause.
             with contextlib.suppress(HTTPError):
                 yield NOTHING
+
+    def _run_application(self, environ: WSGIEnvironment) -> WSGIResponse:
+        started: list[Any] = []
+        start_response: Any = started.extend
+        body = self.server.application(environ, lambda *given: start_response(given))
+        status, headers = started
+        return status, headers, body
 
     def _receive_request(self) -> Steps:
         """Return the environ of the next request, whose body has arrived. Raise HTTPError."""

@@ -162,7 +162,7 @@ class FakeApplication:
     def may_wait(self, environ):
         return self.dice.random() < 0.3
 
-    def respond(self, environ):
+    def __call__(self, environ, start_response):
         json = (profiler.JSON_TYPE,)
         response = self.dice.choice(
             [
@@ -177,7 +177,8 @@ class FakeApplication:
         if isinstance(response, Exception):
             raise response
         status, headers, body = profiler.to_wsgi(response)
-        return status, headers, (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
+        start_response(status, headers)
+        return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
 
 
 @pytest.fixture

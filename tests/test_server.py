@@ -153,13 +153,13 @@ class Gate:
     def may_wait(self, environ):
         return environ["PATH_INFO"] != "/gate" and self.application.may_wait(environ)
 
-    def respond(self, environ):
+    def __call__(self, environ, start_response):
         self.paths.append(environ["PATH_INFO"])
         self.environs.append(environ)
         if environ["PATH_INFO"] == "/gate":
             self.reached.set()
             assert self.opened.wait(10)
-        return self.application.respond(environ)
+        return self.application(environ, start_response)
 
 
 def count_idle(server):
