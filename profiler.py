@@ -2125,8 +2125,11 @@ def _cut(received: bytearray, size: int) -> bytes:
 def take_head(received: bytearray) -> Steps:
     """Take a request head. Raise HTTPError as soon as it is invalid: 400, 414, 431, 505."""
     is_line_checked = False
-    while not (end := HEAD_END.search(received)):
+    searched = 0
+    while not (end := HEAD_END.search(received, searched)):
         head = bytes(received)
+        # The last two bytes may be the beginning of the empty line.
+        searched = max(0, len(head) - 2)
         is_line_here = b"\n" in head or len(head) > MAX_REQUEST_LINE
         if not is_line_checked and (
             is_line_here or not _REQUEST_START.fullmatch(head.decode("latin-1"))
@@ -2147,14 +2150,17 @@ def take(received: bytearray, size: int) -> Steps:
 
 def take_until(received: bytearray, end: re.Pattern[bytes], limit: int) -> Steps:
     """Take the bytes up to the end of a match, or `limit` bytes if they contain no match."""
-    while not (match := end.search(received, 0, limit)) and len(received) < limit:
+    searched = 0
+    while not (match := end.search(received, searched, limit)) and len(received) < limit:
+        # The last two bytes may be the beginning of the match.
+        searched = max(0, len(received) - 2)
         yield
     return _cut(received, match.end() if match else limit)
 
 
 def take_chunked_body(received: bytearray) -> Steps:
     """Take a chunked body, and decode it (RFC 9112 7.1). Raise HTTPError: 400, 413, 431."""
-    body = b""
+    body = bytearray()
     framing = 0
     size = -1
     while size != 0:
@@ -2175,7 +2181,7 @@ def take_chunked_body(received: bytearray) -> Steps:
     check_head_size(trailers)
     if not _TRAILERS.fullmatch(trailers):
         raise HTTPError(400, "Trailers must be lines, `Name: value`, without control characters")
-    return body
+    return bytes(body)
 
 
 @functools.lru_cache(maxsize=1)

@@ -893,7 +893,7 @@ WHERE account = %s
             if counted is None:
                 raise
         if counted == 0:
-            self.check(account)
+            self.check(account, is_final=True)
 
     def clear(self, account: Account) -> None:
         """See profiler.Failures."""
