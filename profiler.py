@@ -2425,7 +2425,7 @@ class Server(WSGIServer):
             self.connections[connection] = None
             connection.resume()
             if is_full:
-                # What the others have sent is read before they can be closed.
+                # Others can be read before the next client takes their place.
                 return
 
     def _make_room(self) -> bool:

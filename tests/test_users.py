@@ -544,6 +544,20 @@ def test_rate_limit_is_checked_after_waiting_for_a_core(two_cores, monkeypatch):
     assert len(hashed) <= 11
 
 
+def test_right_password_beside_too_many_wrong_ones_is_429(application, monkeypatch):
+    """Otherwise guesses that are hashed at the same time would all be answered."""
+    assert post(application).status == 201
+    verify_password = profiler.verify_password
+
+    def verify_slowly(*given):
+        for _ in range(profiler.MAX_FAILURES):
+            application.users.failures.add(1)
+        return verify_password(*given)
+
+    monkeypatch.setattr(profiler, "verify_password", verify_slowly)
+    assert verify(application).status == 429
+
+
 @needs_fork
 @ignores_fork_warning
 def test_each_process_counts_for_itself(application):
