@@ -18,14 +18,13 @@ from conftest import (  # noqa: F401
     ITERATIONS,
     RON,
     TOKEN,
-    TUTORIAL_SCHEMA,
     accounts,
     advance,
     application,
     call,
     clean_environment,
     client,
-    execute,
+    follow,
     guarded,
     path,
     post,
@@ -915,18 +914,6 @@ def ids(client, query=""):
     return [user["id"] for user in client.get(f"/users/{query}").json]
 
 
-def follow(client, url):
-    """Return the ids on each page, following the links."""
-    pages = []
-    while url:
-        answer = client.get(url, status=200)
-        pages.append([user["id"] for user in answer.json])
-        link = answer.headers.get("Link")
-        assert link is None or re.fullmatch('<[^>]*>; rel="next"', link)
-        url = link and link[1 : link.index(">")]
-    return pages
-
-
 def test_list_returns_all_users_in_order_of_id(client, users):
     assert client.get("/users/").json == []
     insert(users, "A", "B", "C", "D")
@@ -1143,17 +1130,6 @@ def test_search_pages_link_to_each_other(people):
 def test_search_without_limit_returns_a_page(people, users, monkeypatch):
     monkeypatch.setattr(profiler, "BATCH", 2)
     assert follow(people, "/users/?q=example") == [[1, 2], [3, 4], [5]]
-
-
-def test_users_whose_emails_differ_in_case_only_are_found_on_several_pages(
-    client, path, monkeypatch
-):
-    """In a table that the tutorial's own schema.sql created."""
-    monkeypatch.setattr(profiler, "SHORT_PAGE", 2)
-    execute(path, TUTORIAL_SCHEMA)
-    for email in ("a@b.c", "A@b.c", "other@b.c", "a@B.c", "another@b.c"):
-        execute(path, f"INSERT INTO user VALUES (NULL, 'a', 'b', '{email}', 'x', '2020-01-01')")
-    assert follow(client, "/users/?email=a@b.c") == [[1, 2], [4]]
 
 
 def test_search_sees_changes_immediately(people):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -133,6 +134,18 @@ def call(application, method="GET", path="/users/", body=b"", fields=None, **env
 def post(application, body=BODY, **environ):
     """Call a WSGI application with POST /users/ and a body."""
     return call(application, "POST", body=body, **environ)
+
+
+def follow(client, url):
+    """Return the ids on each page, following the links."""
+    pages = []
+    while url:
+        answer = client.get(url, status=200)
+        pages.append([user["id"] for user in answer.json])
+        link = answer.headers.get("Link")
+        assert link is None or re.fullmatch('<[^>]*>; rel="next"', link)
+        url = link and link[1 : link.index(">")]
+    return pages
 
 
 def start(application, path="/users/", **environ):

@@ -22,6 +22,7 @@ from conftest import (
     call,
     execute,
     fill,
+    follow,
     ignores_fork_warning,
     in_a_fork,
     needs_fork,
@@ -277,6 +278,17 @@ def test_search_ignores_the_case_of_ascii_letters_only(client, users):
     assert [
         len(client.get("/users/", {"q": text}).json) for text in ("ŁUKASZ", "łukasz", "ŻAK")
     ] == [1, 0, 1]
+
+
+def test_users_whose_emails_differ_in_case_only_are_found_on_several_pages(
+    client, path, monkeypatch
+):
+    """In a table that the tutorial's own schema.sql created."""
+    monkeypatch.setattr(profiler, "SHORT_PAGE", 2)
+    execute(path, TUTORIAL_SCHEMA)
+    for email in ("a@b.c", "A@b.c", "other@b.c", "a@B.c", "another@b.c"):
+        execute(path, f"INSERT INTO user VALUES (NULL, 'a', 'b', '{email}', 'x', '2020-01-01')")
+    assert follow(client, "/users/?email=a@b.c") == [[1, 2], [4]]
 
 
 # -- commands --------------------------------------------------------------------------
