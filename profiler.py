@@ -358,14 +358,18 @@ class CapacityLimiter:
         """Leave."""
         self._free.put(None)
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
+        """Come in. Raise Busy if that is not possible within the limits."""
         try:
             self._free.get_nowait()
         except queue.Empty:
             self._wait()
 
+    def __enter__(self) -> None:
+        self.enter()
+
     def __exit__(self, *_: object) -> None:
-        self._free.put(None)
+        self.release()
 
     def _wait(self) -> None:
         if not self._waiting_places.acquire(blocking=False):
@@ -452,13 +456,16 @@ class Database:
 
     def read(self, shared: SharedConnection, statement: str, parameters: Any = ()) -> list[Any]:
         """Return all rows of a SELECT. Raise Busy, Unavailable."""
-        with shared:
-            try:
-                connection = shared.connection or self._connect(shared)
-                return _execute(connection, statement, parameters).fetchall()
-            except sqlite3.Error as error:
-                shared.close()
-                raise self._translate(error) from None
+        # `with shared` would make a short read 3 % slower.
+        shared.enter()
+        try:
+            connection = shared.connection or self._connect(shared)
+            return _execute(connection, statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            shared.close()
+            raise self._translate(error) from None
+        finally:
+            shared.release()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -589,8 +596,7 @@ class Database:
             check_same_thread=False,
             uri=True,
         )
-        # Another program may have stored invalid UTF-8.
-        connection.text_factory = _to_utf8
+        connection.text_factory = bytes
         return connection
 
     def _create_file(self) -> None:
@@ -706,10 +712,6 @@ def _execute(
         # SQLite's own busy handler sleeps up to 100 ms between attempts, so it would lose to
         # writers that try more often.
         time.sleep(RETRY_INTERVAL)
-
-
-def _to_utf8(text: bytes) -> bytes:
-    return text if text.isascii() else text.decode("utf-8", "replace").encode()
 
 
 def _identify(path: str) -> tuple[int, int] | None:
@@ -1004,14 +1006,14 @@ class Users(Database):
         condition = "id = ?" if isinstance(key, int) else "email = ? COLLATE NOCASE"
         statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE {condition}'
         rows = self.read(self._lookup_connection, statement, (key,))
-        return (rows[0][0], rows[0][1].decode()) if rows else None
+        return (rows[0][0], rows[0][1].decode(errors="replace")) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
         rows = self.read(self._read_connection, _SELECT_USER, (user_id,))
         if not rows:
             raise NoSuchUser
-        return bytes(rows[0][0])
+        return _to_utf8(rows[0][0])
 
     def page(
         self,
@@ -1039,7 +1041,7 @@ class Users(Database):
         else:
             shared = self._read_connection
         [(users, last, more)] = self.read(shared, statement, parameters)
-        return users or b"", last if more else None
+        return _to_utf8(users or b""), last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """See Storage."""
@@ -1118,6 +1120,11 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
         return force or self.created_table
 
 
+def _to_utf8(text: bytes) -> bytes:
+    # Another program may have stored invalid UTF-8.
+    return text if text.isascii() else text.decode(errors="replace").encode()
+
+
 def _read_schema() -> str:
     try:
         return read_installed_file("schema.sql").decode()
@@ -1128,7 +1135,7 @@ def _read_schema() -> str:
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
     if guard:
         rows = connection.execute(_SELECT_USER, (user_id,)).fetchall()
-        guard(bytes(rows[0][0]) if rows else None)
+        guard(_to_utf8(rows[0][0]) if rows else None)
 
 
 # -- accounts --------------------------------------------------------------------------

@@ -946,12 +946,12 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     waiting = threading.Semaphore(0)
     shared = users._search_connection
 
-    def enter(limiter, enter=profiler.CapacityLimiter.__enter__):
+    def enter(limiter, enter=profiler.CapacityLimiter.enter):
         if limiter is shared:
             waiting.release()
         enter(limiter)
 
-    monkeypatch.setattr(profiler.CapacityLimiter, "__enter__", enter)
+    monkeypatch.setattr(profiler.CapacityLimiter, "enter", enter)
     with serving(application) as server, contextlib.ExitStack() as stack:
         searchers = [stack.enter_context(connected(server)) for _ in range(66)]
         other = stack.enter_context(connected(server))
