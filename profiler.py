@@ -105,8 +105,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on the longest page that the server reads without a worker
-BATCH = 500  # users in the second and later parts of a list, and on a page of a search
+SHORT_PAGE = 100  # users on a page by default, and on the longest that counts as a short read
+BATCH = 500  # users per read while a list is streamed, and on a page of a search by default
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -117,10 +117,9 @@ def parse_number(text: str, name: str, low: int, high: int) -> int:
 
     Raise ValueError, which names the setting, if it is no number or out of range.
     """
-    number = int(text) if DIGITS.fullmatch(text) else low - 1
-    if not low <= number <= high:
+    if not DIGITS.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(f"{name} must be a number from {low} to {high}")
-    return number
+    return int(text)
 
 
 # -- passwords -------------------------------------------------------------------------
@@ -257,8 +256,8 @@ def _normalise(password: str) -> bytes:
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
 # Afterwards both processes open new ones. A fork waits for the statements, transactions and
-# backups that are running. Any thread may fork at any time, with one exception: a guard runs
-# inside a transaction, and would wait for itself.
+# backups that are running. Any thread may fork at any time, but a guard (see Guard) must not:
+# it runs inside a transaction, and the fork would wait for this transaction forever.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
@@ -266,6 +265,8 @@ WAL_TIMEOUT = 1.0  # seconds to try to switch a file to WAL mode
 CLOSE_TIMEOUT = 1.0  # seconds to wait for a running statement when closing
 RETRY_AFTER = 1  # seconds, for the header Retry-After
 MIN_DATABASE = 512  # bytes: SQLite's smallest page
+
+_FIND_TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'user' COLLATE NOCASE"
 
 
 class Unavailable(Exception):
@@ -315,21 +316,21 @@ class CapacityLimiter:
     def __init__(
         self,
         resource: str,
+        timeout: float,
         count: int = 1,
         max_waiting: int = sys.maxsize,
-        timeout: float | None = None,
     ) -> None:
         """Set the limits.
 
         :param resource: what the threads wait for, for messages
+        :param timeout: seconds to wait
         :param count: threads that are in at the same time
         :param max_waiting: if that many threads wait, more are refused at once
-        :param timeout: seconds to wait; default: BUSY_TIMEOUT
         """
         self._resource = resource
         self._count = count
         self._max_waiting = max_waiting
-        self.timeout = BUSY_TIMEOUT if timeout is None else timeout
+        self.timeout = timeout
         self.reset()
         register_for_forks(self)
 
@@ -387,7 +388,7 @@ class SharedConnection(CapacityLimiter):
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
         self._forking_thread = 0
-        super().__init__("the database", max_waiting=max_waiting)
+        super().__init__("the database", BUSY_TIMEOUT, max_waiting=max_waiting)
 
     def close(self) -> None:
         """Close the connection, which no thread may be using. The next use opens a new one."""
@@ -404,28 +405,26 @@ class SharedConnection(CapacityLimiter):
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # This object may have been created after before_fork was called on the others.
+        # An object that was created after before_fork was called is not held by this thread.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
             self.release()
 
 
 class Database:
-    """One SQLite file with one table, created on first use.
+    """One SQLite file with the table of schema.sql. Both are created on first use.
 
     Threads and, after a fork, processes may share the object.
     """
 
-    def __init__(self, path: str, table: str, read_schema: Callable[[], str]) -> None:
+    def __init__(self, path: str) -> None:
         """Store the path. The file is opened on first use.
 
         :param path: a file; not `:memory:`, not a URL
-        :param table: the name of the table
-        :param read_schema: a function that returns the statement that creates the table
         :raises ValueError: if the path is not the path of a file
         """
-        if not path or path == ":memory:":
-            raise ValueError("the database must be a file: a database in memory would be lost")
+        if path in ("", ":memory:"):
+            raise ValueError(f"the database must be a file: {path!r} would be lost at the end")
         if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", path):
             raise ValueError(
                 "a database URL needs `python -m profiler_sqlalchemy` or "
@@ -434,11 +433,9 @@ class Database:
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link.
         self.location = os.path.realpath(path)
         self.created_table = False
-        self._table = table
-        self._read_schema = read_schema
         # The file in use (device and inode), its journal mode, and whether it has a -wal file.
         self._file: tuple[int, int] | None = None
-        self._is_wal = False
+        self.is_wal = False
         self._has_wal_file = False
         self._shared: list[SharedConnection] = []
         self.write_connection = self.add_connection()
@@ -450,10 +447,6 @@ class Database:
         self._shared.append(SharedConnection(max_waiting))
         return self._shared[-1]
 
-    def read_may_block(self, shared: SharedConnection) -> bool:
-        """Return True if a read may have to wait: to open the file, or for a writer."""
-        return shared.connection is None or not self._is_wal
-
     def read(self, shared: SharedConnection, statement: str, parameters: Any = ()) -> list[Any]:
         """Return all rows of a SELECT. Raise Busy, Unavailable."""
         # `with shared` would make a short read 3 % slower.
@@ -462,6 +455,7 @@ class Database:
             connection = shared.connection or self._connect(shared)
             return _execute(connection, statement, parameters).fetchall()
         except sqlite3.Error as error:
+            # The next use opens a new one, in whatever state the error has left this one.
             shared.close()
             raise self._translate(error) from None
         finally:
@@ -483,6 +477,7 @@ class Database:
                     # transaction into a write transaction while another process writes.
                     _execute(connection, "BEGIN IMMEDIATE")
                     yield connection
+                    # The commit of the context manager would not try again.
                     _execute(connection, "COMMIT")
             except sqlite3.Error as error:
                 shared.close()
@@ -496,17 +491,21 @@ class Database:
         deleted file would be lost.
         """
         is_lost = self._file is not None and self._file != _identify(self.location)
+        is_open = self._is_open()
         # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal file
         # takes 40 us longer to sync.
         if self._has_wal_file and not all(
             os.access(self.location + suffix, os.F_OK) for suffix in ("-wal", "-shm")
         ):
-            # SQLite itself deletes both when the last connection is closed.
-            is_lost = is_lost or any(shared.connection for shared in self._shared)
+            # While no connection is open, both are missing: SQLite deletes them itself.
+            is_lost = is_lost or (is_open and self._is_open())
         if is_lost:
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
             )
+
+    def _is_open(self) -> bool:
+        return any(shared.connection for shared in self._shared)
 
     def check_access(self) -> None:
         """Raise Unavailable if this process may not write to the file or to its folder."""
@@ -575,7 +574,11 @@ class Database:
             self._set_journal_mode(connection)
             # Sync every commit. In other modes than WAL, EXTRA also syncs the folder.
             _execute(connection, "PRAGMA synchronous = EXTRA")
-            self._create_table(connection)
+            if not _execute(connection, _FIND_TABLE).fetchall():
+                with connection:
+                    _execute(connection, "BEGIN IMMEDIATE")
+                    self.create_table(connection)
+                    _execute(connection, "COMMIT")
         except BaseException:
             connection.close()
             raise
@@ -602,11 +605,11 @@ class Database:
     def _create_file(self) -> None:
         """Create the file, readable by its owner only, if it does not exist.
 
-        Raise Unavailable, OSError.
+        Raise Unavailable.
         """
         if not os.path.exists(self.location):
             # If there is no schema, fail before there is an empty file.
-            self._read_schema()
+            _read_schema()
             with contextlib.suppress(OSError):
                 # Do not close this descriptor. Closing any descriptor of a file releases all
                 # POSIX locks that the process holds on the file, including SQLite's
@@ -616,8 +619,9 @@ class Database:
     def _set_journal_mode(self, connection: sqlite3.Connection) -> None:
         """Switch to WAL mode, where readers and a writer do not wait for each other."""
         if not _can_map_files(os.path.dirname(self.location)):
-            # Without mapped files SQLite cannot use WAL mode. To end WAL mode there, take an
-            # exclusive lock first (sqlite.org/wal.html, 8). The next read releases the lock.
+            # Without mapped files SQLite can use and end WAL mode only while it has an
+            # exclusive lock on the file (sqlite.org/wal.html, 8). In NORMAL mode, the next
+            # read releases this lock.
             for setting in (
                 "locking_mode = EXCLUSIVE",
                 "journal_mode = DELETE",
@@ -630,27 +634,24 @@ class Database:
             with contextlib.suppress(sqlite3.OperationalError):
                 _execute(connection, "PRAGMA journal_mode = WAL", timeout=WAL_TIMEOUT).fetchall()
         [(mode,)] = _execute(connection, "PRAGMA journal_mode")
-        self._is_wal = mode == b"wal"
+        self.is_wal = mode == b"wal"
 
-    def _create_table(self, connection: sqlite3.Connection) -> None:
-        """Create the table if it does not exist. Raise sqlite3.Error, Unavailable, OSError."""
-        find_table = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE"
-        if _execute(connection, find_table, (self._table,)).fetchall():
-            return
-        schema = self._read_schema()
-        problem: object = "it does not create this table"
-        with connection:
-            _execute(connection, "BEGIN IMMEDIATE")
-            try:
-                connection.execute(schema)
-            # Before Python 3.11, a second statement is an sqlite3.Warning, which is no Error.
-            except (sqlite3.Error, sqlite3.Warning) as error:
-                problem = error
-            if not connection.execute(find_table, (self._table,)).fetchall():
-                raise Unavailable(
-                    f"schema.sql must be one statement that creates the table {self._table}: "
-                    f"{problem}. Copy the file that belongs to profiler.py"
-                )
+    def create_table(self, connection: sqlite3.Connection) -> None:
+        """Execute schema.sql in a transaction. Raise Unavailable if there is no table then."""
+        schema = _read_schema()
+        problem: object = 'it does not create the table "user"'
+        try:
+            connection.execute(schema)
+        # Before Python 3.11, a second statement is an sqlite3.Warning, which is no Error.
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            problem = error
+        if not connection.execute(_FIND_TABLE).fetchall():
+            # A read-only file is no fault of schema.sql.
+            self.check_access()
+            raise Unavailable(
+                f"schema.sql must be one statement that creates the table of users: {problem}. "
+                "Copy the file that belongs to profiler.py"
+            )
         self.created_table = True
 
     def _translate(self, error: sqlite3.Error) -> Exception:
@@ -688,6 +689,13 @@ def read_installed_file(name: str) -> bytes:
                 return bytes(get_data(path))
     here = os.path.dirname(os.path.abspath(__file__))
     raise FileNotFoundError(f"{name} is missing: copy it to {here}, next to this module")
+
+
+def _read_schema() -> str:
+    try:
+        return read_installed_file("schema.sql").decode()
+    except (OSError, UnicodeError) as error:
+        raise Unavailable(f"cannot read schema.sql: {error}") from None
 
 
 def _execute(
@@ -872,7 +880,7 @@ class Storage(Protocol):
         """Raise Unavailable unless users can be served."""
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table. Return False if it existed, and stays.
+        """Create the table. Return False if an existing one was kept.
 
         If it holds users, raise FileExistsError. With `force`, drop it and create a new one, in
         which ids begin at 1 again.
@@ -901,7 +909,8 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self._lock = CapacityLimiter("the counts of wrong passwords")
+        # A fork could leave a threading.Lock locked in the child.
+        self._lock = CapacityLimiter("the counts of wrong passwords", BUSY_TIMEOUT)
         # For each account, the number of wrong passwords and the time of the last one. The
         # account whose last one is oldest comes first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
@@ -909,8 +918,8 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: False before a hash. This check only avoids a needless hash, and a
-            subclass may skip it and return 0. True after a hash: this check decides
+        :param is_final: True for the check after a hash, which decides. The check before the
+            hash only avoids a needless one. A subclass may skip it, and return 0.
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -987,7 +996,7 @@ class Users(Database):
         """
         if path is None:
             path = os.environ.get("PROFILER_DATABASE") or DATABASE
-        super().__init__(os.fsdecode(path), "user", _read_schema)
+        super().__init__(os.fsdecode(path))
         self.failures = Failures()
         # Reads of a few rows have a connection of their own, so that they never wait for
         # look-ups of credentials, for pages of long lists, or for searches.
@@ -999,7 +1008,8 @@ class Users(Database):
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        return self.read_may_block(self._read_connection)
+        # To open the file, or for a writer.
+        return self._read_connection.connection is None or not self.is_wal
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
@@ -1024,9 +1034,9 @@ class Users(Database):
         text: str = "",
     ) -> tuple[bytes, int | None]:
         """See Storage."""
-        first = math.inf if descending else -math.inf
+        start = math.inf if descending else -math.inf
         parameters = {
-            "after": first if after is None else after,
+            "after": start if after is None else after,
             "limit": limit,
             "email": email,
             "text": "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%",
@@ -1105,6 +1115,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
         """See Storage."""
         self.check_files()
         self.check_access()
+        # All columns are named, so that a missing one is an error.
         self.read(self._read_connection, f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
@@ -1116,20 +1127,13 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
                 raise FileExistsError(f"the table holds users ({count}): --force deletes them")
             if force:
                 connection.execute('DROP TABLE "user"')
-                connection.execute(_read_schema())
-        return force or self.created_table
+                self.create_table(connection)
+        return self.created_table
 
 
 def _to_utf8(text: bytes) -> bytes:
     # Another program may have stored invalid UTF-8.
     return text if text.isascii() else text.decode(errors="replace").encode()
-
-
-def _read_schema() -> str:
-    try:
-        return read_installed_file("schema.sql").decode()
-    except OSError as error:
-        raise Unavailable(str(error)) from None
 
 
 def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None) -> None:
@@ -1140,9 +1144,9 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 
 # -- accounts --------------------------------------------------------------------------
 # The rules: which values a field may have, how passwords are hashed and verified, and how
-# many wrong ones an account may have. Creating and changing a user check the fields.
-# Verifying and finding only compare, so that users whose emails were stored under other
-# rules can log in.
+# many wrong ones an account may have. Methods that create or change a user check the fields.
+# Methods that verify or find one only compare, so that users whose emails were stored under
+# other rules can log in.
 
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_WAITING_HASHES = 128  # requests that wait for a core: half of the server's WORKERS
@@ -1176,13 +1180,13 @@ def is_blank(value: object) -> bool:
 
 
 def check_text(name: str, value: object) -> str:
-    """Return the value of a field if it is text that can be compared. Raise InvalidField."""
+    """Return a value if it can be compared with stored ones. Raise InvalidField."""
     if not isinstance(value, str):
         problem = "must be a string"
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # Name what check_field refuses: NUL in passwords, and all control characters elsewhere.
+        # The message states the rule of check_field, so that no second error follows.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1191,7 +1195,10 @@ def check_text(name: str, value: object) -> str:
 
 
 def check_field(name: str, value: object) -> str:
-    """Return the value of a field if it may be stored. Raise InvalidField."""
+    """Return the value of a field if it may be stored. Raise InvalidField.
+
+    The text of a search, `q`, has the same rules, but may be blank.
+    """
     text = check_text(name, value)
     is_password = name in ("password", "new_password")
     max_length = MAX_PASSWORD if is_password else MAX_NAME
@@ -1244,11 +1251,11 @@ class Accounts:
             iterations = os.environ.get("PROFILER_ITERATIONS") or ITERATIONS
         self.users = users
         self.iterations = parse_number(str(iterations), "iterations", 1, MAX_ITERATIONS)
-        # A password is verified with this hash if there is no user or no usable hash, so that
-        # the answer takes as long.
+        # If there is no user or no usable hash, the password is verified with this hash, so that
+        # the response takes as long as for a wrong password.
         self._dummy_hash = f"pbkdf2:sha256:{self.iterations}${'0' * 2 * SALT_BYTES}${'0' * 64}"
         self._cores = CapacityLimiter(
-            "a core to hash a password", count_cores(), MAX_WAITING_HASHES, HASH_TIMEOUT
+            "a core to hash a password", HASH_TIMEOUT, count_cores(), MAX_WAITING_HASHES
         )
 
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
@@ -1291,7 +1298,7 @@ class Accounts:
 
         :param fields: new values of first_name, last_name and email, or of some of them
         :param guard: a check inside the transaction: see Guard
-        :raises InvalidField: if a value is not allowed, or a name is another one
+        :raises InvalidField: if a value is not allowed, or `fields` has another key
         :raises NoSuchUser: if no user has the id
         :raises EmailTaken: if another user has the email
         """
@@ -1307,7 +1314,7 @@ class Accounts:
         :return: the id of the user
         :raises WrongPassword: if the password is wrong, or no user has the email
         :raises TooManyAttempts: if the account had too many wrong passwords
-        :raises InvalidField: if a value is no text
+        :raises InvalidField: if a value is no text, or contains NUL or a lone surrogate
         """
         check_text("email", email)
         check_text("password", password)
@@ -1379,8 +1386,8 @@ class Accounts:
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Return if the password is right, and count it if it is wrong.
 
-        Raise WrongPassword, TooManyAttempts. An unknown email or an unusable hash takes as long
-        as a new hash does, so that the time reveals neither. Older hashes may take less.
+        Raise WrongPassword, TooManyAttempts. For an unknown email or an unusable hash this takes
+        as long as for a hash with the current iterations, so that the time reveals neither.
         """
         if len(password) > MAX_PASSWORD:
             # No hash can match. If such cheap attempts counted, a flood of them would push
@@ -1430,9 +1437,9 @@ MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
 MAX_PARAMETERS = 20  # of a query; there are five
 
 JSON_TYPE = ("Content-Type", "application/json")
-# Sent with every response. no-store is for caches; clients may still compare entity tags.
-# Without X-Frame-Options, another website could find out which ids exist, by embedding them
-# as <object data>.
+# Sent with every response. no-store keeps responses out of caches. A client that keeps an
+# entity tag itself can still send it in If-Match or If-None-Match. Without X-Frame-Options,
+# another website could find out which ids exist, by embedding them as <object data>.
 _HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
@@ -1634,10 +1641,10 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text and email is None:
         return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
-    # The first line sets the order of the parameters, the second one their values.
-    following = {"limit": limit, "after": next_after, **query}
-    following.update(limit=limit, after=next_after)
-    url = f"{_make_path(environ, 'users/')}?{urlencode(following, quote_via=quote)}"
+    # limit and after come first, and replace those of the query.
+    position = {"limit": limit, "after": next_after}
+    following = urlencode({**position, **query, **position}, quote_via=quote)
+    url = f"{_make_path(environ, 'users/')}?{following}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
 
 
@@ -1645,7 +1652,8 @@ def get_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Resp
     """Return 200 with the user, or 304 if the client has the same."""
     user = accounts.users.get(user_id)
     entity_tag = ("ETag", make_entity_tag(user))
-    if evaluate_preconditions(environ, user):
+    is_not_modified = evaluate_preconditions(environ, user)
+    if is_not_modified:
         return 304, None, (entity_tag,)
     return 200, user + b"\n", (JSON_TYPE, entity_tag)
 
@@ -1679,7 +1687,7 @@ def change_password(accounts: Accounts, environ: WSGIEnvironment, user_id: int) 
 
 
 def reset_password(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 204. The old password is not needed: this is for the holder of the token."""
+    """Return 204. The old password is not needed: any client that has access may do this."""
     fields = require_fields(read_object(environ), "new_password")
     accounts.reset_password(user_id, **fields, guard=make_guard(environ))
     return 204, None, ()
@@ -1751,7 +1759,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
     return limit, after, sort == "-id", email, text
 
 
-def may_block_reads(environ: WSGIEnvironment) -> bool:
+def is_long_read(environ: WSGIEnvironment) -> bool:
     """Return True for a GET that takes long, or needs a connection that workers use."""
     if not environ.get("QUERY_STRING") or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
@@ -1801,12 +1809,12 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
 _LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
-_LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
+LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
 @functools.lru_cache(maxsize=64)
 def _is_loopback(address: str, host: str) -> bool:
-    return bool(_LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
+    return bool(LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
 
 
 class Application:
@@ -1843,7 +1851,7 @@ class Application:
         A server with a single thread should then run the application in another one.
         """
         is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        return not is_read or self.users.reads_may_wait or may_block_reads(environ)
+        return not is_read or self.users.reads_may_wait or is_long_read(environ)
 
     def close(self) -> None:
         """Close the database. The next request opens it again."""
@@ -1891,7 +1899,8 @@ class Application:
         """Raise HTTPError: 421 for another machine, or a Host that is no loopback name.
 
         The name prevents DNS rebinding: a website can point its own name at 127.0.0.1, and
-        browsers would send its requests here.
+        browsers would send its requests here. The clients of a proxy on this machine cannot be
+        told from the machine itself: behind a proxy, set a token.
         """
         # With a Unix socket, the address is empty.
         address = environ.get("REMOTE_ADDR") or "127.0.0.1"
@@ -1949,13 +1958,16 @@ def create_app(
 
 
 def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
-    """Return a WSGI callable that creates its application at the first request."""
+    """Return a WSGI callable that creates its application at the first request.
+
+    So the import of a module reads no settings, and cannot fail.
+    """
     created: list[Application] = []
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Pass a request to the application. Raise what create() raises.
+        """Pass a request to the application.
 
-        For a ValueError, an invalid setting, servers answer 500 and log the message.
+        An invalid setting raises ValueError. Then servers answer 500 and log the message.
         """
         # Two first requests may both create an application, which opens nothing. All use the
         # first one.
@@ -2013,7 +2025,7 @@ MAX_REQUEST_LINE = 8 * 1024  # bytes: the default of nginx and Apache
 MAX_HEAD = 32 * 1024  # bytes: nginx's four buffers of 8 KiB
 MAX_HEADER_FIELDS = 100  # Apache's, and http.client's
 MAX_CHUNK_LINE = 64  # bytes
-MAX_FRAMING = 16 * 1024  # bytes around the chunks of a body: thousands take milliseconds
+MAX_FRAMING = 16 * 1024  # bytes of size lines and line ends: thousands of chunks take long
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _HOST_CHARACTER = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
@@ -2038,7 +2050,10 @@ HEAD_END = re.compile(rb"\n\r?\n")
 
 
 def parse_head(head: bytes) -> WSGIEnvironment:
-    """Return the environ for a request head. Raise HTTPError: 400, 414, 417, 431, 501, 505."""
+    """Return the environ for a request head.
+
+    Raise HTTPError: 400, 413, 414, 417, 431, 501, 505.
+    """
     environ, authority = parse_request_line(head)
     check_head_size(head)
     _, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
@@ -2069,7 +2084,7 @@ def parse_head(head: bytes) -> WSGIEnvironment:
 
 
 def _check_headers(environ: WSGIEnvironment) -> None:
-    """Check Host, Expect and what says where the body ends. Raise HTTPError: 400, 417, 501."""
+    """Check Host, Expect and the length of the body. Raise HTTPError: 400, 413, 417, 501."""
     is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
     has_host = "HTTP_HOST" in environ or not is_http_1_1
     if not has_host or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
@@ -2125,8 +2140,8 @@ def _cut(received: bytearray, size: int) -> bytes:
     return removed
 
 
-# Each function below removes bytes from the front of `received`, and returns them or what
-# they encode. They are generators, and yield when they need more bytes.
+# The take functions remove bytes from the front of `received`, and return them or what they
+# encode. They are generators, and yield when they need more bytes.
 
 
 def take_head(received: bytearray) -> Steps:
@@ -2137,9 +2152,12 @@ def take_head(received: bytearray) -> Steps:
         head = bytes(received)
         # The last two bytes may be the beginning of the empty line.
         searched = max(0, len(head) - 2)
-        is_line_here = b"\n" in head or len(head) > MAX_REQUEST_LINE
+        # Check the request line when it is complete, or cannot become valid: a client that
+        # speaks TLS would wait for an answer.
         if not is_line_checked and (
-            is_line_here or not _REQUEST_START.fullmatch(head.decode("latin-1"))
+            b"\n" in head
+            or len(head) > MAX_REQUEST_LINE
+            or not _REQUEST_START.fullmatch(head.decode("latin-1"))
         ):
             parse_request_line(head)
             is_line_checked = True
@@ -2191,13 +2209,6 @@ def take_chunked_body(received: bytearray) -> Steps:
     return bytes(body)
 
 
-@functools.lru_cache(maxsize=1)
-def format_time(second: int) -> tuple[str, str]:
-    """Return a time for the header Date, and for the log in Common Log Format."""
-    local = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
-    return format_date_time(second), local
-
-
 # -- server: connections ---------------------------------------------------------------
 # Theory of operation: one process. Two kinds of threads share the work.
 #
@@ -2223,9 +2234,9 @@ IDLE_TIMEOUT = 15  # between requests; sent as Keep-Alive
 HEAD_TIMEOUT = 15.0  # from the first byte of a head to its last
 BODY_TIMEOUT = 30.0  # from the end of the head to the end of the body
 SEND_TIMEOUT = 60.0  # without the client reading anything: nginx's send_timeout
-LINGER_TIMEOUT = 2.0  # for the client to close, or to send more, after the last response
-MAX_LINGER = 30.0  # for the client to close, while it sends more
-DRAIN_TIMEOUT = 10.0  # for requests in flight at shutdown: what docker stop allows
+LINGER_TIMEOUT = 2.0  # after the last response, without the client sending anything
+MAX_LINGER = 30.0  # after the last response, until the client closes
+DRAIN_TIMEOUT = 8.0  # for requests in flight at shutdown: docker stop kills after 10
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
 RETRY_PAUSE = 0.2  # after a 503, before the next request of the connection is read
@@ -2236,7 +2247,7 @@ MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 SELECT_FILES = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
-SENT_TOGETHER = 32  # responses at most that are computed before the first of them is sent
+SENT_TOGETHER = 32  # at most that many responses are computed before they are sent
 RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
@@ -2266,11 +2277,12 @@ class Server(WSGIServer):
         self, family: int, address: Any, app: Application, access_log: bool = True
     ) -> None:
         """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
+        # server_bind, which super().__init__ calls, uses these.
         self.address_family = family
-        self.access_log = access_log
         self.log = Log()
         super().__init__(address, None)  # type: ignore[arg-type]
         self.set_app(app)
+        self.access_log = access_log
         self.stopping = False
         # All connections. The one that was resumed least recently is the first.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
@@ -2382,8 +2394,7 @@ class Server(WSGIServer):
 
     def _serve_round(self) -> None:
         """Wait for events, and handle them. Then look whose deadline has passed."""
-        # With a timeout, because a signal that arrives just before select() does not
-        # interrupt it.
+        # With a timeout, because a signal does not end select() (PEP 475).
         self._handle_events(0 if self.ready else CHECK_INTERVAL)
         now = time.monotonic()
         if now > self._next_check:
@@ -2432,7 +2443,7 @@ class Server(WSGIServer):
             self.connections[connection] = None
             connection.resume()
             if is_full:
-                # Others can be read before the next client takes their place.
+                # Read what has arrived from others before the next client takes their place.
                 return
 
     def _make_room(self) -> bool:
@@ -2449,6 +2460,13 @@ def _find_max_connections() -> int:
     files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else SELECT_FILES
     # -1 stands for no limit.
     return MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+
+
+@functools.lru_cache(maxsize=1)
+def format_time(second: int) -> tuple[str, str]:
+    """Return a time for the header Date, and for the log in Common Log Format."""
+    local = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
+    return format_date_time(second), local
 
 
 class Connection:
@@ -2513,6 +2531,9 @@ class Connection:
         if events & READ:
             try:
                 more = self.socket.recv(RECEIVE_SIZE)
+            except BlockingIOError:
+                # select() may be wrong (select(2), BUGS).
+                return
             except OSError:
                 self.close()
                 return
@@ -2631,7 +2652,7 @@ class Connection:
     def _send_response(
         self, status: str, headers: list[tuple[str, str]], body: Iterable[bytes]
     ) -> Steps:
-        """Send a response and log it. Raise OSError.
+        """Send a response and log it. Raise OSError, HTTPError, and what a streamed body raises.
 
         If the response breaks off, reset the connection, so that no client takes a part for
         the whole.
@@ -2767,7 +2788,6 @@ def make_parser(
     )
     add(
         "--iterations",
-        type=int,
         help=f"of PBKDF2 for new passwords (PROFILER_ITERATIONS; default: {ITERATIONS})",
     )
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
@@ -2828,14 +2848,13 @@ def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
         token = _read_token_file(arguments.token_file)
     app = Application(Accounts(users, arguments.iterations), token, arguments.anonymous)
     ip = str(address[0])
-    is_loopback = ip.startswith("127.") or ip == "::1"
-    if not (app.tokens or app.anonymous or is_loopback):
+    if not (app.tokens or app.anonymous or LOOPBACK_ADDRESS.match(ip)):
         raise ValueError(
             f"others can reach {ip}: set a token (--token-file, PROFILER_TOKEN) or --anonymous"
         )
     users.ping()
     count = users.count()
-    # The first request opens the file again, and notices if it was moved meanwhile.
+    # The count has filled a cache of up to 2 MB. Free its memory.
     users.close()
     try:
         server = Server(family, address, app, not arguments.no_access_log)
@@ -2893,7 +2912,7 @@ def _list_signals() -> list[signal.Signals]:
     """Return the signals that stop the server."""
     # Only Windows has SIGBREAK, which is Ctrl-Break, and it has no SIGHUP.
     names = ["SIGTERM", "SIGINT", "SIGBREAK"]
-    # nohup ignores SIGHUP.
+    # A process that nohup started ignores SIGHUP. Leave that so.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         names.append("SIGHUP")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]

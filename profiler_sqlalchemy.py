@@ -520,11 +520,9 @@ class SQLAlchemyUsers:
         # Connections that were opened before this time are replaced.
         self._replace_before = 0.0
         self.failures: profiler.Failures = SharedFailures(self)
-        self._searches = profiler.CapacityLimiter(
-            "other searches", MAX_SEARCHES, timeout=POOL_TIMEOUT
-        )
+        self._searches = profiler.CapacityLimiter("other searches", POOL_TIMEOUT, MAX_SEARCHES)
         self._places = profiler.CapacityLimiter(
-            "a connection to the database", POOL_SIZE, timeout=POOL_TIMEOUT
+            "a connection to the database", POOL_TIMEOUT, POOL_SIZE
         )
         profiler.register_for_forks(self)
 

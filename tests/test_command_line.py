@@ -445,7 +445,7 @@ INVALID_SETTINGS = [
     ([], {"PROFILER_ANONYMOUS": "yes"}, "PROFILER_ANONYMOUS must be a number from 0 to 1"),
     (["--iterations", "0"], {}, "iterations must be a number from 1 to 10000000"),
     (["--iterations", "10000001"], {}, "iterations must be a number from 1 to 10000000"),
-    (["--iterations", "many"], {}, "--iterations"),
+    (["--iterations", "many"], {}, "iterations must be a number from 1 to 10000000"),
     ([], {"PROFILER_ITERATIONS": "0"}, "iterations must be a number from 1 to 10000000"),
     (["--host", "0.0.0.0"], {}, "--anonymous"),
     (["--host", "::"], {}, "--anonymous"),

@@ -272,6 +272,33 @@ def test_foreign_schema_sql_is_refused_and_changes_nothing(application, path, sc
     assert execute(path, "SELECT name FROM sqlite_master") == [("post",)]
 
 
+def test_forced_initialisation_with_a_foreign_schema_sql_keeps_the_users(path, users, schema):
+    fill(path, 7)
+    schema("CREATE TABLE post (text)")
+    with pytest.raises(profiler.Unavailable, match="must be one statement"):
+        users.initialise(force=True)
+    assert users.count() == 7
+    assert execute(path, "SELECT name FROM sqlite_master WHERE name = 'post'") == []
+
+
+def test_schema_sql_in_utf_16_returns_503(application, path, monkeypatch):
+    monkeypatch.setattr(profiler, "read_installed_file", lambda name: "x".encode("utf-16"))
+    answer = call(application)
+    assert (answer.status, "cannot read schema.sql" in answer.errors) == (503, True)
+    assert not path.exists()
+
+
+def test_folder_without_write_access_is_named_even_if_the_table_is_missing(
+    application, path, connections, monkeypatch
+):
+    execute(path, "CREATE TABLE post (text)")
+    connections[1].errors["CREATE"] = sqlite3.OperationalError("unable to open database file")
+    monkeypatch.setattr(profiler.os, "access", lambda path, mode: False)
+    answer = call(application)
+    assert (answer.status, "schema.sql" in answer.errors) == (503, False)
+    assert f"may not read and write {path.parent}" in answer.errors
+
+
 @pytest.mark.parametrize("name", ["user", "User", "USER"])
 def test_existing_table_is_used_without_reading_schema_sql(application, path, monkeypatch, name):
     execute(path, TUTORIAL_SCHEMA.replace("user", name, 1).strip())
@@ -398,6 +425,7 @@ def test_failed_transaction_is_rolled_back(application, users):
 
 def test_connection_that_cannot_roll_back_is_closed(application, users, path, connections):
     _, kind = connections
+    users.ping()
     kind.errors.update(
         dict.fromkeys(["COMMIT", "ROLLBACK"], sqlite3.OperationalError("disk I/O error"))
     )
@@ -653,6 +681,24 @@ def test_wal_file_deleted_while_only_reading_is_noticed(application, path):
     assert call(application).status == 200
     (path.parent / f"{path.name}-wal").unlink()
     assert (call(application, path="/health/").status, write(application).status) == (503, 503)
+
+
+def test_wal_file_is_not_missed_while_another_thread_opens_the_file(users, path, monkeypatch):
+    """SQLite deletes it when the last connection is closed."""
+    fill(path, 1)
+    users.get(1)
+    users.close()
+    access = os.access
+
+    def access_and_open(path, mode):
+        is_accessible = access(path, mode)
+        monkeypatch.setattr(os, "access", access)
+        users.get(1)
+        return is_accessible
+
+    monkeypatch.setattr(os, "access", access_and_open)
+    users.check_files()
+    assert os.access is access
 
 
 @not_on_windows("refuses to move or delete an open file")

@@ -938,6 +938,19 @@ def test_bug_in_one_connection_does_not_end_the_server(server, monkeypatch, capf
     until(lambda: "ZeroDivisionError" in capfd.readouterr().err)
 
 
+def test_event_without_bytes_to_read_closes_no_connection(application):
+    """select() may report one."""
+    with profiler.Server(socket.AF_INET, ("127.0.0.1", 0), application) as server:
+        with connected(server):
+            until(lambda: select.select([server.socket], [], [], 0)[0])
+            server._accept()
+            [connection] = server.connections
+            connection._handle_event(profiler.READ)
+            assert [*server.connections] == [connection]
+        server.stop()
+        server.serve()
+
+
 def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     application, users, path, monkeypatch
 ):
