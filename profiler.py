@@ -221,7 +221,7 @@ def _make_derivation(fields: dict[str, str], salt: bytes) -> Callable[[bytes], b
     # n must be a power of two and less than 2**(16 * r) (RFC 7914 2).
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
-        raise ValueError("scrypt is not available, or its parameters are not allowed")
+        raise ValueError
     # A build of OpenSSL for FIPS 140 refuses scrypt with a ValueError.
     hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
     # OpenSSL needs this many bytes.
@@ -383,7 +383,7 @@ class CapacityLimiter:
 
 
 class SharedConnection(CapacityLimiter):
-    """One SQLite connection that several threads use in turn. It is opened on first use."""
+    """A place for one SQLite connection, which threads use in turn. It is opened on first use."""
 
     def __init__(self, max_waiting: int) -> None:
         self.connection: sqlite3.Connection | None = None
@@ -819,7 +819,7 @@ class Storage(Protocol):
     """
 
     location: str  # the path or the URL, for people, without a password
-    failures: Failures  # counts wrong passwords
+    failures: Failures  # counts wrong passwords, in memory or in the database
 
     @property
     def reads_may_wait(self) -> bool:
@@ -1055,6 +1055,7 @@ class Users(Database):
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
         """See Storage."""
+        # The table that the tutorial created allows emails that differ in case only.
         statement = """
 INSERT INTO "user" (first_name, last_name, email, password)
 SELECT :first_name, :last_name, :email, :password_hash
@@ -1197,7 +1198,7 @@ def check_text(name: str, value: object) -> str:
 def check_field(name: str, value: object) -> str:
     """Return the value of a field if it may be stored. Raise InvalidField.
 
-    The text of a search, `q`, has the same rules, but may be blank.
+    The text of a search, `q`, may be blank. Otherwise its rules are those of a name.
     """
     text = check_text(name, value)
     is_password = name in ("password", "new_password")
@@ -2327,7 +2328,7 @@ class Server(WSGIServer):
         )
 
     def stop(self, *_: object) -> None:
-        """Make serve() return soon. Can be used as a signal handler."""
+        """Make serve() return soon. Further calls change nothing. This is a signal handler, too."""
         self.stopping = True
 
     def serve(self) -> None:
