@@ -2328,7 +2328,7 @@ class Server(WSGIServer):
         )
 
     def stop(self, *_: object) -> None:
-        """Make serve() return soon. Further calls change nothing. This is a signal handler, too."""
+        """Make serve() return soon. Further calls change nothing. It can be a signal handler."""
         self.stopping = True
 
     def serve(self) -> None:
