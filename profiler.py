@@ -2562,12 +2562,12 @@ class Connection:
             timeout = 0 if self.server.stopping else IDLE_TIMEOUT
             self.deadline = time.monotonic() + timeout
             # Empty lines before a request are ignored (RFC 9112 2.2).
-            while not self.received.lstrip(b"\r\n"):
+            while not (rest := self.received.lstrip(b"\r\n")):
                 self.received.clear()
                 self.is_idle = True
                 yield
                 self.is_idle = False
-            self.received = self.received.lstrip(b"\r\n")
+            self.received = rest
             yield from self._answer_request()
         # Read until the client closes. To close with unread input may lose the response
         # (RFC 9112 9.6).
