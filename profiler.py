@@ -105,8 +105,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on a page by default, and on the longest that counts as a short read
-BATCH = 500  # users per read while a list is streamed, and on a page of a search by default
+SHORT_PAGE = 100  # users: the default of a page, and the longest page that is a short read
+BATCH = 500  # users: the default of a page of a search, and each part of a streamed list
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -307,7 +307,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class CapacityLimiter:
-    """Lets a number of threads in at the same time. Others wait, and get Busy in the end.
+    """Lets a number of threads in at the same time. Others wait for one to leave, or get Busy.
 
     Use it as a context manager. A forked child, which has only the thread that forked, can
     use it, too.
@@ -340,11 +340,11 @@ class CapacityLimiter:
         # It has an item for each thread that may come in. A semaphore takes ten times as long.
         self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(self._count):
-            self.release()
+            self.leave()
 
     after_fork_in_child = reset
 
-    def acquire(self, timeout: float | None = None) -> bool:
+    def try_enter(self, timeout: float | None = None) -> bool:
         """Come in. Return False if that was not possible within `timeout` seconds.
 
         None stands for no limit.
@@ -355,7 +355,7 @@ class CapacityLimiter:
             return False
         return True
 
-    def release(self) -> None:
+    def leave(self) -> None:
         """Leave."""
         self._free.put(None)
 
@@ -370,19 +370,19 @@ class CapacityLimiter:
         self.enter()
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self.leave()
 
     def _wait(self) -> None:
         if not self._waiting_places.acquire(blocking=False):
             raise Busy(f"too many requests wait for {self._resource}")
         try:
-            if not self.acquire(self.timeout):
+            if not self.try_enter(self.timeout):
                 raise Busy(f"a request has waited too long for {self._resource}")
         finally:
             self._waiting_places.release()
 
 
-class SharedConnection(CapacityLimiter):
+class ConnectionSlot(CapacityLimiter):
     """A place for one SQLite connection, which threads use in turn. It is opened on first use."""
 
     def __init__(self, max_waiting: int) -> None:
@@ -399,16 +399,16 @@ class SharedConnection(CapacityLimiter):
 
     def before_fork(self) -> None:
         """Close the connection, and let no thread open a new one."""
-        self.acquire()
+        self.try_enter()
         self.close()
         self._forking_thread = threading.get_ident()
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # An object that was created after before_fork was called is not held by this thread.
+        # If this slot was created after before_fork was called on others, it must not be left.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
-            self.release()
+            self.leave()
 
 
 class Database:
@@ -437,29 +437,29 @@ class Database:
         self._file: tuple[int, int] | None = None
         self.is_wal = False
         self._has_wal_file = False
-        self._shared: list[SharedConnection] = []
-        self.write_connection = self.add_connection()
-        # A backup opens a connection of its own. This one is only held, so that a fork waits.
-        self._backup_lock = self.add_connection()
+        self._slots: list[ConnectionSlot] = []
+        self._write_slot = self.add_slot()
+        # No connection is opened in it. A backup enters it so that a fork waits for the backup.
+        self._backup_slot = self.add_slot()
 
-    def add_connection(self, max_waiting: int = sys.maxsize) -> SharedConnection:
+    def add_slot(self, max_waiting: int = sys.maxsize) -> ConnectionSlot:
         """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
-        self._shared.append(SharedConnection(max_waiting))
-        return self._shared[-1]
+        self._slots.append(ConnectionSlot(max_waiting))
+        return self._slots[-1]
 
-    def read(self, shared: SharedConnection, statement: str, parameters: Any = ()) -> list[Any]:
+    def read(self, slot: ConnectionSlot, statement: str, parameters: Any = ()) -> list[Any]:
         """Return all rows of a SELECT. Raise Busy, Unavailable."""
-        # `with shared` would make a short read 3 % slower.
-        shared.enter()
+        # `with slot` would make a short read 3 % slower.
+        slot.enter()
         try:
-            connection = shared.connection or self._connect(shared)
+            connection = slot.connection or self._connect(slot)
             return _execute(connection, statement, parameters).fetchall()
         except sqlite3.Error as error:
-            # The next use opens a new one, in whatever state the error has left this one.
-            shared.close()
+            # The error may have left the connection in any state. The next use opens a new one.
+            slot.close()
             raise self._translate(error) from None
         finally:
-            shared.release()
+            slot.leave()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -467,12 +467,12 @@ class Database:
 
         Raise Busy, Unavailable.
         """
-        shared = self.write_connection
-        with shared:
+        slot = self._write_slot
+        with slot:
             try:
                 self.check_files()
                 # As a context manager, the connection rolls back what was not committed.
-                with shared.connection or self._connect(shared) as connection:
+                with slot.connection or self._connect(slot) as connection:
                     # Take the write lock first. SQLite refuses at once to turn a read
                     # transaction into a write transaction while another process writes.
                     _execute(connection, "BEGIN IMMEDIATE")
@@ -480,7 +480,7 @@ class Database:
                     # The commit of the context manager would not try again.
                     _execute(connection, "COMMIT")
             except sqlite3.Error as error:
-                shared.close()
+                slot.close()
                 raise self._translate(error) from None
 
     def check_files(self) -> None:
@@ -497,7 +497,8 @@ class Database:
         if self._has_wal_file and not all(
             os.access(self.location + suffix, os.F_OK) for suffix in ("-wal", "-shm")
         ):
-            # While no connection is open, both are missing: SQLite deletes them itself.
+            # While no connection is open, both are missing: SQLite deletes them itself. Another
+            # thread may have opened the first one meanwhile, or closed the last.
             is_lost = is_lost or (is_open and self._is_open())
         if is_lost:
             raise Unavailable(
@@ -505,7 +506,7 @@ class Database:
             )
 
     def _is_open(self) -> bool:
-        return any(shared.connection for shared in self._shared)
+        return any(slot.connection for slot in self._slots)
 
     def check_access(self) -> None:
         """Raise Unavailable if this process may not write to the file or to its folder."""
@@ -543,7 +544,7 @@ class Database:
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             # Not _connect(): a copy changes nothing in its source.
-            with self._backup_lock, contextlib.closing(self._open()) as connection:
+            with self._backup_slot, contextlib.closing(self._open()) as connection:
                 _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part, os.O_RDWR)
             _publish(part, path)
@@ -557,12 +558,12 @@ class Database:
 
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
-        for shared in self._shared:
-            if shared.acquire(CLOSE_TIMEOUT):
-                shared.close()
-                shared.release()
+        for slot in self._slots:
+            if slot.try_enter(CLOSE_TIMEOUT):
+                slot.close()
+                slot.leave()
 
-    def _connect(self, shared: SharedConnection) -> sqlite3.Connection:
+    def _connect(self, slot: ConnectionSlot) -> sqlite3.Connection:
         """Open the file. Create the file and the table if they do not exist.
 
         Raise sqlite3.Error, Unavailable, OSError.
@@ -584,7 +585,7 @@ class Database:
             raise
         self._file = self._file or _identify(self.location)
         self._has_wal_file = os.access(self.location + "-wal", os.F_OK)
-        shared.connection = connection
+        slot.connection = connection
         return connection
 
     def _open(self) -> sqlite3.Connection:
@@ -880,9 +881,9 @@ class Storage(Protocol):
         """Raise Unavailable unless users can be served."""
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table. Return False if an existing one was kept.
+        """Create the table. Return False if there is one without users, which is kept.
 
-        If it holds users, raise FileExistsError. With `force`, drop it and create a new one, in
+        Raise FileExistsError if it holds users. With `force`, drop it and create a new one, in
         which ids begin at 1 again.
         """
 
@@ -918,8 +919,8 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: True for the check after a hash, which decides. The check before the
-            hash only avoids a needless one. A subclass may skip it, and return 0.
+        :param is_final: True after a password was hashed: this check decides. The check before
+            only avoids needless hashing. For that one, a subclass may return 0 at once.
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -1000,27 +1001,30 @@ class Users(Database):
         self.failures = Failures()
         # Reads of a few rows have a connection of their own, so that they never wait for
         # look-ups of credentials, for pages of long lists, or for searches.
-        self._read_connection = self.add_connection()
-        self._lookup_connection = self.add_connection()
-        self._list_connection = self.add_connection()
-        self._search_connection = self.add_connection(MAX_WAITING_SEARCHES)
+        self._read_slot = self.add_slot()
+        self._lookup_slot = self.add_slot()
+        self._list_slot = self.add_slot()
+        self._search_slot = self.add_slot(MAX_WAITING_SEARCHES)
 
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
         # To open the file, or for a writer.
-        return self._read_connection.connection is None or not self.is_wal
+        return self._read_slot.connection is None or not self.is_wal
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
-        condition = "id = ?" if isinstance(key, int) else "email = ? COLLATE NOCASE"
+        condition = "id = :key"
+        if isinstance(key, str):
+            # The table that the tutorial created may have emails that differ in case only.
+            condition = "email = :key COLLATE NOCASE ORDER BY email = :key COLLATE BINARY DESC"
         statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE {condition}'
-        rows = self.read(self._lookup_connection, statement, (key,))
+        rows = self.read(self._lookup_slot, statement, {"key": key})
         return (rows[0][0], rows[0][1].decode(errors="replace")) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
-        rows = self.read(self._read_connection, _SELECT_USER, (user_id,))
+        rows = self.read(self._read_slot, _SELECT_USER, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_utf8(rows[0][0])
@@ -1043,14 +1047,14 @@ class Users(Database):
         }
         statement = _page_statement(descending, email is not None, bool(text))
         if text:
-            shared = self._search_connection
+            slot = self._search_slot
         elif email is not None:
-            shared = self._lookup_connection
+            slot = self._lookup_slot
         elif limit > SHORT_PAGE:
-            shared = self._list_connection
+            slot = self._list_slot
         else:
-            shared = self._read_connection
-        [(users, last, more)] = self.read(shared, statement, parameters)
+            slot = self._read_slot
+        [(users, last, more)] = self.read(slot, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
@@ -1109,7 +1113,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
 
     def count(self) -> int:
         """See Storage."""
-        [(count,)] = self.read(self._list_connection, 'SELECT count(*) FROM "user"')
+        [(count,)] = self.read(self._list_slot, 'SELECT count(*) FROM "user"')
         return int(count)
 
     def ping(self) -> None:
@@ -1117,11 +1121,12 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
         self.check_files()
         self.check_access()
         # All columns are named, so that a missing one is an error.
-        self.read(self._read_connection, f'SELECT {_USER}, password FROM "user" LIMIT 1')
+        self.read(self._read_slot, f'SELECT {_USER}, password FROM "user" LIMIT 1')
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
         self.created_table = False
+        # To open the file creates a missing table.
         with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
@@ -1187,7 +1192,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # The message states the rule of check_field, so that no second error follows.
+        # Name all that check_field refuses, or the next error would be about the rest.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1538,7 +1543,7 @@ def evaluate_preconditions(environ: WSGIEnvironment, user: bytes | None) -> bool
 
     Raise HTTPError: 412 if one is false. Raise NoSuchUser.
     """
-    # An unknown user is a 404 before any precondition (13.2.1), except for DELETE.
+    # An unknown user is a 404 before any precondition (13.2.1). DELETE has no such 404.
     if user is None and environ["REQUEST_METHOD"] != "DELETE":
         raise NoSuchUser
     if_match = environ.get("HTTP_IF_MATCH")
@@ -1578,9 +1583,9 @@ def parse_length(text: str) -> int:
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
-    """Read the body. Raise HTTPError: 400, 411, 413.
+    """Read Content-Length bytes. Raise HTTPError: 400, 411, 413.
 
-    Read Content-Length bytes, or all if the server sets wsgi.input_terminated.
+    Without a length, read to the end if the server sets wsgi.input_terminated.
     """
     is_terminated = environ.get("wsgi.input_terminated", False)
     is_chunked = "HTTP_TRANSFER_ENCODING" in environ
@@ -1761,7 +1766,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 
 def is_long_read(environ: WSGIEnvironment) -> bool:
-    """Return True for a GET that takes long, or needs a connection that workers use."""
+    """Return True for a GET that takes long, or may wait for others that take long."""
     if not environ.get("QUERY_STRING") or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
     try:
@@ -2030,12 +2035,12 @@ MAX_FRAMING = 16 * 1024  # bytes of size lines and line ends: thousands of chunk
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 5.6.2
 _HOST_CHARACTER = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
-# RFC 9112 3. A target is a path or, in absolute form, a URL with an authority, which
-# overrides Host (3.2.2).
+# RFC 9112 3. A target is a path, or `*`, or a URL with an authority, which overrides Host
+# (3.2.2).
 _TARGET = rf"(?:(?i:https?)://({_HOST_CHARACTER}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST_CHARACTER}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
-# The beginning of a request line.
+# What more bytes can still make a request line.
 _REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character (RFC 9112
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
@@ -2114,7 +2119,9 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
         raise HTTPError(414, f"Send a request line of at most {MAX_REQUEST_LINE} bytes")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
-        raise HTTPError(400, "The request line must be `METHOD /path HTTP/1.1`, without TLS")
+        raise HTTPError(
+            400, "The request line must be `METHOD /path HTTP/1.1`. TLS is not supported"
+        )
     method, authority, target, protocol = match.groups()
     if protocol not in ("HTTP/1.0", "HTTP/1.1"):  # RFC 9110 15.6.6
         raise HTTPError(505, "Use HTTP/1.1 or HTTP/1.0")
@@ -2193,11 +2200,15 @@ def take_chunked_body(received: bytearray) -> Steps:
         line = yield from take_until(received, _LINE_END, MAX_CHUNK_LINE)
         match = _CHUNK_LINE.fullmatch(line)
         if not match:
-            raise HTTPError(400, "A chunk must start with its size in hexadecimal digits")
+            raise HTTPError(
+                400,
+                f"A chunk must start with its size in hexadecimal digits, in a line of at most "
+                f"{MAX_CHUNK_LINE} bytes",
+            )
         size = int(match[1], 16)
         framing += len(line) + 2
         if len(body) + size > MAX_BODY or framing > MAX_FRAMING:
-            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in fewer chunks")
+            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in large chunks")
         if size:
             chunk = yield from take(received, size + 2)
             if not chunk.endswith(b"\r\n"):
@@ -2596,6 +2607,7 @@ class Connection:
                 headers.append(_CHUNKED)
         except (HTTPError, Unavailable) as error:
             self.is_last_request = True
+            # For the log, and to recognise HEAD.
             self.head = self.head or bytes(self.received)
             log_error(error, self.server.base_environ)
             status, headers, body = to_wsgi(to_error_response(error))

@@ -779,8 +779,8 @@ def test_second_fork_waits_for_the_first_one(application):
         time.sleep(0.05)
         assert not second.done()
         # An object that was created since is in use, but was not held by this fork.
-        shared = profiler.SharedConnection(1)
-        with shared:
+        slot = profiler.ConnectionSlot(1)
+        with slot:
             profiler._call_all("after_fork_in_parent")
         second.result(timeout=10)
     assert (write(application).status, call(application).status) == (204, 200)

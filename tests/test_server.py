@@ -957,10 +957,10 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     """Otherwise searches would take all workers, and writes would wait for them."""
     fill(path, 1)
     waiting = threading.Semaphore(0)
-    shared = users._search_connection
+    slot = users._search_slot
 
     def enter(limiter, enter=profiler.CapacityLimiter.enter):
-        if limiter is shared:
+        if limiter is slot:
             waiting.release()
         enter(limiter)
 
@@ -968,9 +968,9 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     with serving(application) as server, contextlib.ExitStack() as stack:
         searchers = [stack.enter_context(connected(server)) for _ in range(66)]
         other = stack.enter_context(connected(server))
-        assert shared.acquire(0)
+        assert slot.try_enter(0)
         with contextlib.ExitStack() as held:
-            held.callback(shared.release)
+            held.callback(slot.leave)
             for connection in searchers:
                 connection.sendall(get(b"/users/?q=first"))
             for _ in searchers:

@@ -291,6 +291,20 @@ def test_users_whose_emails_differ_in_case_only_are_found_on_several_pages(
     assert follow(client, "/users/?email=a@b.c") == [[1, 2], [4]]
 
 
+def test_users_whose_emails_differ_in_case_only_log_in_with_their_own_passwords(application, path):
+    execute(path, TUTORIAL_SCHEMA)
+    for email in ("a@b.c", "A@b.c"):
+        stored = profiler.hash_password(f"password of {email}", 1)
+        execute(
+            path, f"INSERT INTO user VALUES (NULL, 'a', 'b', '{email}', '{stored}', '2020-01-01')"
+        )
+    for user_id, email in [(1, "a@b.c"), (2, "A@b.c")]:
+        answer = verify(application, f"password of {email}", email)
+        assert (answer.status, answer.json) == (200, {"id": user_id})
+    assert verify(application, "password of a@b.c", "A@b.c").status == 403
+    assert verify(application, "password of a@b.c", "a@B.c").json == {"id": 1}
+
+
 # -- commands --------------------------------------------------------------------------
 
 
