@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     # user, or None if there is no such user. If the guard raises, nothing is written.
     Guard = Callable[[Union[bytes, None]], object]
     StrOrBytesPath = Union[str, bytes, os.PathLike[str]]
+    # A generator that yields what it waits for.
     Steps = Generator[Any, Any, Any]
 
 __all__ = [
@@ -105,8 +106,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users: the default of a page, and the longest page that is a short read
-BATCH = 500  # users: the default of a page of a search, and each part of a streamed list
+SHORT_PAGE = 100  # users on a page without a limit; a longer page is a long read
+BATCH = 500  # users on a page of a search without a limit, and in a part of a streamed list
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -344,7 +345,7 @@ class CapacityLimiter:
 
     after_fork_in_child = reset
 
-    def try_enter(self, timeout: float | None = None) -> bool:
+    def enter_within(self, timeout: float | None) -> bool:
         """Come in. Return False if that was not possible within `timeout` seconds.
 
         None stands for no limit.
@@ -376,7 +377,7 @@ class CapacityLimiter:
         if not self._waiting_places.acquire(blocking=False):
             raise Busy(f"too many requests wait for {self._resource}")
         try:
-            if not self.try_enter(self.timeout):
+            if not self.enter_within(self.timeout):
                 raise Busy(f"a request has waited too long for {self._resource}")
         finally:
             self._waiting_places.release()
@@ -399,13 +400,13 @@ class ConnectionSlot(CapacityLimiter):
 
     def before_fork(self) -> None:
         """Close the connection, and let no thread open a new one."""
-        self.try_enter()
+        self.enter_within(None)
         self.close()
         self._forking_thread = threading.get_ident()
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # If this slot was created after before_fork was called on others, it must not be left.
+        # before_fork was not called on a slot that was created since.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
             self.leave()
@@ -443,7 +444,7 @@ class Database:
         self._backup_slot = self.add_slot()
 
     def add_slot(self, max_waiting: int = sys.maxsize) -> ConnectionSlot:
-        """Return a new connection. If `max_waiting` threads wait for it, others get Busy."""
+        """Return a new slot. If `max_waiting` threads wait for it, others get Busy."""
         self._slots.append(ConnectionSlot(max_waiting))
         return self._slots[-1]
 
@@ -477,7 +478,7 @@ class Database:
                     # transaction into a write transaction while another process writes.
                     _execute(connection, "BEGIN IMMEDIATE")
                     yield connection
-                    # The commit of the context manager would not try again.
+                    # Unlike the context manager, _execute tries again while the file is locked.
                     _execute(connection, "COMMIT")
             except sqlite3.Error as error:
                 slot.close()
@@ -497,8 +498,8 @@ class Database:
         if self._has_wal_file and not all(
             os.access(self.location + suffix, os.F_OK) for suffix in ("-wal", "-shm")
         ):
-            # While no connection is open, both are missing: SQLite deletes them itself. Another
-            # thread may have opened the first one meanwhile, or closed the last.
+            # SQLite itself deletes both when the last connection is closed. So they are lost only
+            # if a connection was open before this look, and still is.
             is_lost = is_lost or (is_open and self._is_open())
         if is_lost:
             raise Unavailable(
@@ -559,7 +560,7 @@ class Database:
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
         for slot in self._slots:
-            if slot.try_enter(CLOSE_TIMEOUT):
+            if slot.enter_within(CLOSE_TIMEOUT):
                 slot.close()
                 slot.leave()
 
@@ -881,7 +882,7 @@ class Storage(Protocol):
         """Raise Unavailable unless users can be served."""
 
     def initialise(self, force: bool = False) -> bool:
-        """Create the table. Return False if there is one without users, which is kept.
+        """Create the table, and return True. If an empty one exists, keep it and return False.
 
         Raise FileExistsError if it holds users. With `force`, drop it and create a new one, in
         which ids begin at 1 again.
@@ -919,8 +920,9 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: True after a password was hashed: this check decides. The check before
-            only avoids needless hashing. For that one, a subclass may return 0 at once.
+        :param is_final: False before a password is hashed. That check only saves the hash, and a
+            subclass may return 0 instead. True afterwards. This check decides. Here, both are the
+            same
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -961,16 +963,14 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     conditions = "AND email = :email COLLATE NOCASE " if by_email else ""
     if by_text:
         conditions += _CONTAINS
-    # A search that found fewer than :limit has reached the last user. To look for more would
-    # scan the table again.
-    may_have_more = "count(*) = :limit" if by_text else "TRUE"
+    # Only a full page may have a next one. Looking for it can take another scan of the table.
     # SQLite does not document the order of group_concat over a subquery. In practice it is
     # the order of the subquery, which tests check. To join rows in Python makes lists 1.5
     # times slower.
     return f"""
 WITH page AS (
     SELECT group_concat(user, ',') AS users, {outermost}(id) AS last,
-        {may_have_more} AS may_have_more
+        count(*) = :limit AS is_full
     FROM (
         SELECT id, {_USER} AS user FROM "user"
         WHERE id {beyond} :after {conditions}
@@ -978,7 +978,7 @@ WITH page AS (
     )
 )
 SELECT users, last,
-    may_have_more AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions})
+    is_full AND EXISTS (SELECT 1 FROM "user" WHERE id {beyond} last {conditions})
 FROM page
 """
 
@@ -999,8 +999,8 @@ class Users(Database):
             path = os.environ.get("PROFILER_DATABASE") or DATABASE
         super().__init__(os.fsdecode(path))
         self.failures = Failures()
-        # Reads of a few rows have a connection of their own, so that they never wait for
-        # look-ups of credentials, for pages of long lists, or for searches.
+        # A server may run reads of a few rows in the thread that serves all clients. They have
+        # a slot of their own, so that they never wait for a thread that uses another one.
         self._read_slot = self.add_slot()
         self._lookup_slot = self.add_slot()
         self._list_slot = self.add_slot()
@@ -1009,7 +1009,7 @@ class Users(Database):
     @property
     def reads_may_wait(self) -> bool:
         """See Storage."""
-        # To open the file, or for a writer.
+        # A read waits while the file is opened and, outside WAL mode, for a writer.
         return self._read_slot.connection is None or not self.is_wal
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
@@ -1075,6 +1075,7 @@ WHERE NOT EXISTS (SELECT 1 FROM "user" WHERE email = :email COLLATE NOCASE)
             cursor = connection.execute(statement, fields)
             if cursor.rowcount == 0:
                 raise EmailTaken
+            # After an insert it is not None. The type checker does not know that.
             return cursor.lastrowid or 0
 
     def update(self, user_id: int, fields: Mapping[str, str], guard: Guard | None = None) -> None:
@@ -1192,7 +1193,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # Name all that check_field refuses, or the next error would be about the rest.
+        # In most fields, check_field refuses all control characters. Name them at once.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1334,6 +1335,7 @@ class Accounts:
                 new_hash = None
                 if needs_rehash(password_hash, self.iterations):
                     new_hash = hash_password(password, self.iterations)
+            # No password is known to match the dummy hash. If one did, it would end here.
             if found is None:
                 raise WrongPassword
             user_id = found[0]
@@ -1419,7 +1421,7 @@ class Accounts:
 def count_cores() -> int:
     """Return the number of cores that this process may use, within its CPU quota.
 
-    The quota is that of the cgroup (Linux, cgroup v2).
+    The quota is that of its own cgroup (Linux, cgroup v2), not of those above.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -1514,7 +1516,10 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
 
 
 def require_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the named members of an object. Raise HTTPError: 400 if one is missing or blank."""
+    """Return the named members of an object.
+
+    Raise HTTPError: 400 if one is missing, blank, or another empty value.
+    """
     if any(is_blank(fields.get(name) or "") for name in names):
         raise HTTPError(400, "Required fields are missing")
     return {name: fields[name] for name in names}
@@ -1647,7 +1652,7 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text and email is None:
         return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
-    # limit and after come first, and replace those of the query.
+    # The first `position` sets the order of the parameters, the second one their values.
     position = {"limit": limit, "after": next_after}
     following = urlencode({**position, **query, **position}, quote_via=quote)
     url = f"{_make_path(environ, 'users/')}?{following}"
@@ -1743,6 +1748,7 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_file}),
     (re.compile("/openapi[.]json"), {"GET": get_file}),
 )
+# These need no token.
 PUBLIC_PATHS = re.compile("/health/?|/?|/openapi[.]json")
 
 
@@ -1818,6 +1824,7 @@ _LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?
 LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
+# Without the cache, a short read would take 8 % longer.
 @functools.lru_cache(maxsize=64)
 def _is_loopback(address: str, host: str) -> bool:
     return bool(LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
@@ -2040,7 +2047,7 @@ _HOST_CHARACTER = r"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]"  # RFC 9110 7.2
 _TARGET = rf"(?:(?i:https?)://({_HOST_CHARACTER}+)(?=[/?# ])|(?=/|\* ))([\x21-\x7e\x80-\xff]*)"
 _HOST_VALUE = re.compile(f"{_HOST_CHARACTER}*")  # RFC 9112 3.2
 REQUEST_LINE = re.compile(rf"({_NAME}) {_TARGET} (HTTP/[0-9A-Za-z.]+)\r")
-# What more bytes can still make a request line.
+# The beginning of a request line. Anything else cannot become valid.
 _REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r?)?)?)?")
 # No space before the colon, no folding, no bare CR or LF, no control character (RFC 9112
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
@@ -2208,12 +2215,13 @@ def take_chunked_body(received: bytearray) -> Steps:
         size = int(match[1], 16)
         framing += len(line) + 2
         if len(body) + size > MAX_BODY or framing > MAX_FRAMING:
-            raise HTTPError(413, f"The body must be at most {MAX_BODY} bytes, in large chunks")
+            raise HTTPError(413, f"Send at most {MAX_BODY} bytes, and fewer chunks for them")
         if size:
             chunk = yield from take(received, size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise HTTPError(400, "A chunk must end with CR LF")
             body += chunk[:-2]
+    # With one byte more, check_head_size raises.
     trailers = yield from take_until(received, _TRAILERS_END, MAX_HEAD + 1)
     check_head_size(trailers)
     if not _TRAILERS.fullmatch(trailers):
@@ -2521,7 +2529,7 @@ class Connection:
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
-            if not isinstance(error, (StopIteration, OSError)):
+            if not isinstance(error, OSError):
                 log_error(error, self.server.base_environ)
             self.close()
 
@@ -2558,7 +2566,7 @@ class Connection:
         if events == self._events:
             return
         previous = self._events
-        # If the selector refuses a change, the socket is not registered.
+        # If register() fails, the socket must not be unregistered later.
         self._events = NOTHING
         if previous:
             self.server.selector.unregister(self.socket)
@@ -2623,8 +2631,11 @@ class Connection:
 
     def _run_application(self, environ: WSGIEnvironment) -> WSGIResponse:
         started: list[Any] = []
-        start_response: Any = started.extend
-        body = self.server.application(environ, lambda *given: start_response(given))
+
+        def start_response(*given: Any) -> Any:
+            started.extend(given)
+
+        body = self.server.application(environ, start_response)
         status, headers = started
         return status, headers, body
 

@@ -793,7 +793,7 @@ WHERE id = %s AND coalesce(password, '') = coalesce(%s, password, '')
                 if not (
                     pool.overflow() > -POOL_SIZE
                     and re.search(TOO_MANY_CONNECTIONS, message)
-                    and self._places.try_enter(max(0, start + POOL_TIMEOUT - time.monotonic()))
+                    and self._places.enter_within(max(0, start + POOL_TIMEOUT - time.monotonic()))
                 ):
                     raise Unavailable(message) from None
                 timer = threading.Timer(RETRY_TIME, self._places.leave)

@@ -968,7 +968,7 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     with serving(application) as server, contextlib.ExitStack() as stack:
         searchers = [stack.enter_context(connected(server)) for _ in range(66)]
         other = stack.enter_context(connected(server))
-        assert slot.try_enter(0)
+        assert slot.enter_within(0)
         with contextlib.ExitStack() as held:
             held.callback(slot.leave)
             for connection in searchers:
