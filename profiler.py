@@ -434,10 +434,12 @@ class Database:
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link.
         self.location = os.path.realpath(path)
         self.created_table = False
-        # The file in use (device and inode), its journal mode, and whether it has a -wal file.
+        # The file in use (device and inode), its journal mode, and its -wal and -shm files.
         self._file: tuple[int, int] | None = None
         self.is_wal = False
-        self._has_wal_file = False
+        self._wal_files: list[tuple[int, int] | None] = []
+        # When a file was last created, renamed or deleted in the folder, as far as is known.
+        self._folder_time = 0
         self._slots: list[ConnectionSlot] = []
         self._write_slot = self.add_slot()
         # No connection is opened in it. A backup enters it so that a fork waits for the backup.
@@ -485,26 +487,32 @@ class Database:
                 raise self._translate(error) from None
 
     def check_files(self) -> None:
-        """Raise Unavailable if the file, or its -wal or -shm file, was moved or deleted.
+        """Raise Unavailable if the file, or its -wal or -shm file, was moved, replaced or deleted.
 
         Writes and /health/ check this. For a read, it would cost too much. Without this check,
         an empty file would be created in place of one that was moved, and what is written to a
         deleted file would be lost.
         """
         is_lost = self._file is not None and self._file != _identify(self.location)
-        is_open = self._is_open()
-        # access(), not stat(): on Linux 6.18 a commit that follows a stat() of the -wal file
-        # takes 40 us longer to sync.
-        if self._has_wal_file and not all(
-            os.access(self.location + suffix, os.F_OK) for suffix in ("-wal", "-shm")
-        ):
-            # SQLite itself deletes both when the last connection is closed. So they are lost only
-            # if a connection was open before this look, and still is.
-            is_lost = is_lost or (is_open and self._is_open())
-        if is_lost:
+        if is_lost or (self.is_wal and self._has_lost_wal_files()):
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
             )
+
+    def _has_lost_wal_files(self) -> bool:
+        is_open = self._is_open()
+        paths = [self.location + "-wal", self.location + "-shm"]
+        # Look at the files only after a change of the folder, or if one is missing: on Linux
+        # 6.18 a commit that follows a stat() of the -wal file takes 40 us longer to sync.
+        folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
+        if folder_time == self._folder_time and all(os.access(path, os.F_OK) for path in paths):
+            return False
+        # SQLite itself deletes both when the last connection is closed. So they are lost only if
+        # a connection was open before this look, and still is.
+        is_lost = [*map(_identify, paths)] != self._wal_files and is_open and self._is_open()
+        if not is_lost:
+            self._folder_time = folder_time
+        return is_lost
 
     def _is_open(self) -> bool:
         return any(slot.connection for slot in self._slots)
@@ -518,8 +526,9 @@ class Database:
         for suffix in ("", "-wal", "-shm"):
             needed[self.location + suffix] = os.R_OK | os.W_OK
         for path, mode in needed.items():
-            # In this order: SQLite may delete a file in between.
-            if not os.access(path, mode) and os.path.exists(path):
+            # SQLite may create or delete a file in between.
+            is_accessible = os.access(path, mode) or not os.path.exists(path)
+            if not is_accessible and not os.access(path, mode):
                 raise Unavailable(f"this user may not read and write {path}")
 
     def backup(self, path: str) -> None:
@@ -546,6 +555,8 @@ class Database:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             # Not _connect(): a copy changes nothing in its source.
             with self._backup_slot, contextlib.closing(self._open()) as connection:
+                if not _execute(connection, _FIND_TABLE).fetchall():
+                    raise FileNotFoundError("there is no table of users in it")
                 _execute(connection, "VACUUM INTO ?", (part,))
             _sync(part, os.O_RDWR)
             _publish(part, path)
@@ -585,7 +596,8 @@ class Database:
             connection.close()
             raise
         self._file = self._file or _identify(self.location)
-        self._has_wal_file = os.access(self.location + "-wal", os.F_OK)
+        if not self._is_open():
+            self._wal_files = [_identify(self.location + suffix) for suffix in ("-wal", "-shm")]
         slot.connection = connection
         return connection
 
@@ -644,8 +656,8 @@ class Database:
         problem: object = 'it does not create the table "user"'
         try:
             connection.execute(schema)
-        # Before Python 3.11, a second statement is an sqlite3.Warning, which is no Error.
-        except (sqlite3.Error, sqlite3.Warning) as error:
+        # Before Python 3.11, a second statement is an sqlite3.Warning, and NUL a ValueError.
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             problem = error
         if not connection.execute(_FIND_TABLE).fetchall():
             # A read-only file is no fault of schema.sql.
@@ -951,6 +963,8 @@ _USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT),
     'last_name', CAST(last_name AS TEXT), 'email', CAST(email AS TEXT),
     'created_on', CAST(created_on AS TEXT))"""
 _PASSWORD = "coalesce(CAST(password AS TEXT), '')"
+# It names all columns, so that a missing one is an error.
+_SELECT_COLUMNS = f'SELECT {_USER}, password FROM "user" LIMIT 1'
 _SELECT_USER = f'SELECT {_USER} FROM "user" WHERE id = ?'
 _CONTAINS = r"""AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\'
     OR email LIKE :text ESCAPE '\')"""
@@ -1121,8 +1135,9 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
         """See Storage."""
         self.check_files()
         self.check_access()
-        # All columns are named, so that a missing one is an error.
-        self.read(self._read_slot, f'SELECT {_USER}, password FROM "user" LIMIT 1')
+        # Forget what was read, so that a damaged file is noticed.
+        self.read(self._read_slot, "PRAGMA shrink_memory")
+        self.read(self._read_slot, _SELECT_COLUMNS)
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
@@ -1135,6 +1150,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
+                connection.execute(_SELECT_COLUMNS)
         return self.created_table
 
 
@@ -1365,7 +1381,7 @@ class Accounts:
             found = self.users.find_credentials(user_id)
             if found is None:
                 raise NoSuchUser
-            password_hash = found[1]
+            user_id, password_hash = found
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)

@@ -277,6 +277,9 @@ def test_forced_initialisation_with_a_foreign_schema_sql_keeps_the_users(path, u
     schema("CREATE TABLE post (text)")
     with pytest.raises(profiler.Unavailable, match="must be one statement"):
         users.initialise(force=True)
+    schema('CREATE TABLE "user" (id INTEGER PRIMARY KEY)')
+    with pytest.raises(profiler.Unavailable, match="no such column"):
+        users.initialise(force=True)
     assert users.count() == 7
     assert execute(path, "SELECT name FROM sqlite_master WHERE name = 'post'") == []
 
@@ -688,17 +691,46 @@ def test_wal_file_is_not_missed_while_another_thread_opens_the_file(users, path,
     fill(path, 1)
     users.get(1)
     users.close()
-    access = os.access
+    identify = profiler._identify
 
-    def access_and_open(path, mode):
-        is_accessible = access(path, mode)
-        monkeypatch.setattr(os, "access", access)
-        users.get(1)
-        return is_accessible
+    def identify_and_open(path):
+        identity = identify(path)
+        if path.endswith("-shm"):
+            monkeypatch.setattr(profiler, "_identify", identify)
+            users.get(1)
+        return identity
 
-    monkeypatch.setattr(os, "access", access_and_open)
+    monkeypatch.setattr(profiler, "_identify", identify_and_open)
     users.check_files()
-    assert os.access is access
+    assert profiler._identify is identify
+
+
+@not_on_windows("refuses to move or delete an open file")
+@pytest.mark.parametrize("suffixes", [("-wal", "-shm"), ("-wal",), ("-shm",)])
+@pytest.mark.parametrize("was_noticed", [True, False])
+def test_wal_file_that_another_process_created_anew_is_noticed(
+    application, path, suffixes, was_noticed
+):
+    """What is written to the deleted one is lost."""
+    assert post(application).status == 201
+    for suffix in suffixes:
+        os.unlink(f"{path}{suffix}")
+    if was_noticed:
+        assert write(application).status == 503
+    program = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM user')"
+    subprocess.run([sys.executable, "-c", program, path], stderr=subprocess.DEVNULL)
+    assert [write(application).status, call(application, path="/health/").status] == [503, 503]
+    assert post(application, json.dumps(RON).encode()).status == 503
+
+
+def test_health_of_a_damaged_file_is_an_error(application, users, path):
+    """What was read before must not hide it."""
+    fill(path, 100)
+    execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert call(application, path="/health/").status == 200
+    with open(path, "rb+") as file:
+        file.write(b"h" * 512)
+    assert call(application, path="/health/").status in (500, 503)
 
 
 @not_on_windows("refuses to move or delete an open file")
@@ -721,13 +753,30 @@ def test_backup_of_a_database_that_does_not_exist_creates_nothing(users, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_backup_of_another_database_changes_nothing_in_it(tmp_path, path):
+def test_backup_of_another_database_fails_and_changes_nothing_in_it(tmp_path, path):
     """For example, if --database has a typing error."""
     execute(path, "CREATE TABLE t (a)")
     before = path.read_bytes()
-    profiler.Users(path).backup(str(tmp_path / "copy"))
+    with pytest.raises(OSError, match="no table of users"):
+        profiler.Users(path).backup(str(tmp_path / "copy"))
     assert path.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy", path.name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+
+
+def test_file_that_is_created_while_access_is_checked_is_no_error(users, path, monkeypatch):
+    assert users.count() == 0
+    users.close()
+    access, asked = os.access, []
+
+    def access_too_early(name, mode):
+        if name not in asked:
+            asked.append(name)
+            return False
+        return access(name, mode)
+
+    monkeypatch.setattr(os, "access", access_too_early)
+    users.check_access()
+    assert str(path) in asked
 
 
 def test_backup_of_a_short_file_fails(tmp_path, path):
