@@ -50,6 +50,15 @@ def write(application, path="/users/1/"):
     return call(application, "DELETE", path)
 
 
+def is_readable(path):
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+        try:
+            connection.execute("SELECT * FROM sqlite_master").fetchall()
+        except sqlite3.OperationalError:
+            return False
+    return True
+
+
 @pytest.fixture
 def connections(monkeypatch):
     """The connections that are opened during the test, and their class, whose `errors`
@@ -289,6 +298,27 @@ def test_schema_sql_in_utf_16_returns_503(application, path, monkeypatch):
     answer = call(application)
     assert (answer.status, "cannot read schema.sql" in answer.errors) == (503, True)
     assert not path.exists()
+
+
+def test_schema_sql_with_nul_returns_503(application, schema):
+    """sqlite3 raises ValueError for it before Python 3.11."""
+    schema('CREATE TABLE "user" (id)\0')
+    answer = call(application)
+    assert (answer.status, "schema.sql must be one statement" in answer.errors) == (503, True)
+
+
+def test_creation_of_the_table_waits_for_a_reader_outside_wal_mode(application, path, monkeypatch):
+    monkeypatch.setattr(profiler, "_can_map_files", lambda folder: False)
+    execute(path, "CREATE TABLE post (text)")
+    with contextlib.closing(sqlite3.connect(path)) as reader, ThreadPoolExecutor(1) as threads:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM post").fetchall()
+        answer = threads.submit(call, application)
+        # A writer that waits for readers to end lets no new one in.
+        until(lambda: answer.done() or not is_readable(path))
+        assert not answer.done()
+        reader.rollback()
+        assert answer.result(timeout=10).status == 200
 
 
 def test_folder_without_write_access_is_named_even_if_the_table_is_missing(
@@ -705,6 +735,40 @@ def test_wal_file_is_not_missed_while_another_thread_opens_the_file(users, path,
     assert profiler._identify is identify
 
 
+def test_wal_file_is_not_missed_while_another_thread_closes_the_file(users, path, monkeypatch):
+    fill(path, 1)
+    users.get(1)
+    identify = profiler._identify
+
+    def close_and_identify(name):
+        if name.endswith("-wal"):
+            users.close()
+        return identify(name)
+
+    monkeypatch.setattr(profiler, "_identify", close_and_identify)
+    users.check_files()
+    assert not os.path.exists(f"{path}-wal")
+
+
+@not_on_windows("refuses to move or delete an open file")
+def test_wal_file_deleted_while_another_connection_is_opened_is_noticed(
+    application, users, path, monkeypatch
+):
+    fill(path, 1)
+    users.get(1)
+    can_map_files = profiler._can_map_files
+
+    def delete_and_map(folder):
+        os.unlink(f"{path}-wal")
+        return can_map_files(folder)
+
+    monkeypatch.setattr(profiler, "_can_map_files", delete_and_map)
+    assert users.count() == 1
+    monkeypatch.setattr(profiler, "_can_map_files", can_map_files)
+    assert os.path.exists(f"{path}-wal")
+    assert write(application).status == 503
+
+
 @not_on_windows("refuses to move or delete an open file")
 @pytest.mark.parametrize("suffixes", [("-wal", "-shm"), ("-wal",), ("-shm",)])
 @pytest.mark.parametrize("was_noticed", [True, False])
@@ -723,7 +787,7 @@ def test_wal_file_that_another_process_created_anew_is_noticed(
     assert post(application, json.dumps(RON).encode()).status == 503
 
 
-def test_health_of_a_damaged_file_is_an_error(application, users, path):
+def test_health_of_a_damaged_file_is_an_error(application, path):
     """What was read before must not hide it."""
     fill(path, 100)
     execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")

@@ -120,10 +120,9 @@ def test_list_that_breaks_off_raises_so_that_the_server_resets(
         list(parts)
 
 
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("options", [{}, {"email": EMAIL}, {"text": "First"}])
-def test_deep_page_costs_as_much_as_the_first(users, path, monkeypatch, descending, options):
-    """It seeks to `after`, and does not scan the users before it."""
+@pytest.fixture
+def page_cost(users, path, monkeypatch):
+    """A function that reads a page of 3,000 users, and returns hundreds of steps of SQLite."""
     fill(path, 3000)
     connect, steps = sqlite3.connect, []
 
@@ -134,13 +133,26 @@ def test_deep_page_costs_as_much_as_the_first(users, path, monkeypatch, descendi
 
     monkeypatch.setattr(profiler.sqlite3, "connect", connect_and_count)
 
-    def cost(after):
+    def cost(*arguments, **options):
         steps.clear()
-        users.page(10, after, descending, **options)
+        users.page(10, *arguments, **options)
         return len(steps)
 
-    cost(1)
-    assert cost(100 if descending else 2900) <= cost(3001 if descending else 0) + 1
+    return cost
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("options", [{}, {"email": EMAIL}, {"text": "First"}])
+def test_deep_page_costs_as_much_as_the_first(page_cost, descending, options):
+    """It seeks to `after`, and does not scan the users before it."""
+    page_cost(1, **options)
+    deep = page_cost(100 if descending else 2900, descending, **options)
+    assert deep <= page_cost(3001 if descending else 0, descending, **options) + 1
+
+
+def test_search_that_finds_few_users_scans_the_table_once(page_cost):
+    page_cost(text="nobody")
+    assert page_cost(text="user1@") < 1.5 * page_cost(text="nobody")
 
 
 # -- rows of other programs ------------------------------------------------------------
