@@ -54,7 +54,6 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 from weakref import ref
 from wsgiref.handlers import CGIHandler, format_date_time
-from wsgiref.simple_server import WSGIServer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -2278,7 +2277,7 @@ DRAIN_TIMEOUT = 8.0  # for requests in flight at shutdown: docker stop kills aft
 CHECK_INTERVAL = 0.2  # between checks of the deadlines and signals
 ACCEPT_PAUSE = 0.01  # when no connection can be accepted
 RETRY_PAUSE = 0.2  # after a 503, before the next request of the connection is read
-LOG_INTERVAL = 0.01  # between writes to the log
+LOG_INTERVAL = 0.1  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 WORKERS = 256  # threads at most
 MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
@@ -2300,13 +2299,12 @@ NOTHING = 0
 LATER = object()
 
 
-class Server(WSGIServer):
+class Server(socketserver.TCPServer):
     """An HTTP/1.1 server for an Application, in one process.
 
-    WSGIServer provides the listening socket and the environ that all requests share.
+    TCPServer only binds the listening socket, and closes it at the end of a with statement.
     """
 
-    application: Application
     request_queue_size = 1024  # connections that wait to be accepted
     # On Windows, it would let a second server listen on the same port.
     allow_reuse_address = os.name != "nt"
@@ -2315,11 +2313,25 @@ class Server(WSGIServer):
         self, family: int, address: Any, app: Application, access_log: bool = True
     ) -> None:
         """Listen on an address of getaddrinfo. Raise OSError if it cannot be bound."""
-        # server_bind, which super().__init__ calls, uses these.
         self.address_family = family
-        self.log = Log()
         super().__init__(address, None)  # type: ignore[arg-type]
-        self.set_app(app)
+        # The sockets of connections inherit this.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.server_port = int(self.server_address[1])
+        self.application = app
+        self.log = Log()
+        # The part of the environ that all requests share (PEP 3333).
+        self.base_environ: WSGIEnvironment = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": str(self.server_address[0]),
+            "SERVER_PORT": str(self.server_port),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": self.log,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
         self.access_log = access_log
         self.stopping = False
         # All connections. The one that was resumed least recently is the first.
@@ -2345,24 +2357,6 @@ class Server(WSGIServer):
             end.setblocking(False)
         self.selector.register(self.socket, READ, self._accept)
         self.selector.register(self._woken, READ, self._resume_finished)
-
-    def server_bind(self) -> None:
-        """Bind the socket without a reverse DNS lookup. Connections inherit TCP_NODELAY."""
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name = str(self.server_address[0])
-        self.server_port = int(self.server_address[1])
-        self.setup_environ()
-        self.base_environ.update(
-            {
-                "wsgi.version": (1, 0),
-                "wsgi.url_scheme": "http",
-                "wsgi.errors": self.log,
-                "wsgi.multithread": True,
-                "wsgi.multiprocess": False,
-                "wsgi.run_once": False,
-            }
-        )
 
     def stop(self, *_: object) -> None:
         """Make serve() return soon. Further calls change nothing. It can be a signal handler."""
