@@ -582,6 +582,7 @@ class Database:
         """
         self.check_files()
         self._create_file()
+        was_wal = self.is_wal
         connection = self._open()
         try:
             self._set_journal_mode(connection)
@@ -596,7 +597,7 @@ class Database:
             connection.close()
             raise
         self._file = self._file or _identify(self.location)
-        if not self._is_open():
+        if not (was_wal and self._is_open()):
             self._wal_files = [_identify(self.location + suffix) for suffix in ("-wal", "-shm")]
         slot.connection = connection
         return connection

@@ -708,6 +708,21 @@ def test_deleted_wal_file_is_noticed_by_writes_health_and_backup(
     assert call(application, "PUT", "/users/1/", fields=RON).status == 200
 
 
+def test_switch_to_wal_mode_after_the_first_connection_keeps_writes_possible(
+    application, path, short_timeouts
+):
+    execute(path, TUTORIAL_SCHEMA.strip())
+    with locked(path, "BEGIN") as reader:
+        reader.execute("SELECT * FROM user").fetchall()
+        assert call(application, path="/users/1/").status == 404
+        assert execute(path, "PRAGMA journal_mode") == [("delete",)]
+    assert post(application).status == 201
+    assert post(application, json.dumps(RON).encode()).status == 201
+    assert execute(path, "PRAGMA journal_mode") == [("wal",)]
+    assert call(application, path="/health/").status == 200
+
+
+
 @not_on_windows("refuses to move or delete an open file")
 def test_wal_file_deleted_while_only_reading_is_noticed(application, path):
     fill(path, 1)
