@@ -7,6 +7,7 @@
     PUT                        /users/ID/password/reset/    replace a forgotten password
     POST                       /users/verify/               verify an email and a password
     GET                        /health/                     check that users can be served
+    GET                        /, /openapi.json             a page and a document, if installed
 
 Run:    `python profiler.py` serves http://127.0.0.1:5000/ with the users in
         ./db.sqlite3. `--help` lists all options.
@@ -105,8 +106,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on a page without a limit; a longer page is a long read
-BATCH = 500  # users on a page of a search without a limit, and in a part of a streamed list
+SHORT_PAGE = 100  # users on a page by default; to read a longer one takes long
+BATCH = 500  # users in a part of a streamed list, and by default on a page of ?q=
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -405,7 +406,7 @@ class ConnectionSlot(CapacityLimiter):
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # before_fork was not called on a slot that was created since.
+        # A slot that was created after before_fork had been called was never entered.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
             self.leave()
@@ -437,7 +438,7 @@ class Database:
         self._file: tuple[int, int] | None = None
         self.is_wal = False
         self._wal_files: list[tuple[int, int] | None] = []
-        # When a file was last created, renamed or deleted in the folder, as far as is known.
+        # The folder's time of change (st_mtime_ns) at the last look at these files.
         self._folder_time = 0
         self._slots: list[ConnectionSlot] = []
         self._write_slot = self.add_slot()
@@ -450,7 +451,10 @@ class Database:
         return self._slots[-1]
 
     def read(self, slot: ConnectionSlot, statement: str, parameters: Any = ()) -> list[Any]:
-        """Return all rows of a statement that changes nothing. Raise Busy, Unavailable."""
+        """Return all rows of a statement that changes nothing.
+
+        Raise Busy, Unavailable, and sqlite3.Error for a damaged file.
+        """
         # `with slot` would add 3 % to the instructions of a short read.
         slot.enter()
         try:
@@ -467,7 +471,7 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the write lock during the block. Commit at its end; roll back if it raises.
 
-        Raise Busy, Unavailable.
+        Raise Busy, Unavailable, and sqlite3.Error for a damaged file.
         """
         slot = self._write_slot
         with slot:
@@ -506,8 +510,8 @@ class Database:
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
         if folder_time == self._folder_time and all(os.access(path, os.F_OK) for path in paths):
             return False
-        # SQLite itself deletes both when the last connection is closed. So they are lost only if
-        # a connection was open before this look, and still is.
+        # SQLite itself deletes both when the last connection is closed, and creates new ones. So
+        # the others are lost only if a connection was open before this look, and still is.
         files = [_identify(path) for path in paths]
         is_lost = is_open and files != self._wal_files and self._is_open()
         if not is_lost:
@@ -553,7 +557,8 @@ class Database:
             if not os.path.exists(self.location):
                 raise FileNotFoundError("there is no such database")
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            # Not _connect(): a copy changes nothing in its source.
+            # Not _connect(), which may change the journal mode and create the table: to copy a
+            # database must not change it.
             with self._backup_slot, contextlib.closing(self._open()) as connection:
                 if not _execute(connection, _FIND_TABLE).fetchall():
                     raise FileNotFoundError("there is no table of users in it")
@@ -632,7 +637,10 @@ class Database:
                 os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
     def _set_journal_mode(self, connection: sqlite3.Connection) -> None:
-        """Switch to WAL mode, where readers and a writer do not wait for each other."""
+        """Switch to WAL mode, where readers and a writer do not wait for each other.
+
+        Where files cannot be mapped into memory, switch to DELETE mode.
+        """
         if not _can_map_files(os.path.dirname(self.location)):
             # Without mapped files SQLite can use and end WAL mode only while it has an
             # exclusive lock on the file (sqlite.org/wal.html, 8). In NORMAL mode, the next
@@ -652,7 +660,10 @@ class Database:
         self.is_wal = mode == b"wal"
 
     def create_table(self, connection: sqlite3.Connection) -> None:
-        """Execute schema.sql in a transaction. Raise Unavailable if there is no table then."""
+        """Execute schema.sql in the caller's transaction.
+
+        Raise Unavailable if it does not create the table.
+        """
         schema = _read_schema()
         problem: object = 'it does not create the table "user"'
         try:
@@ -776,10 +787,10 @@ def _sync(path: str, flags: int) -> None:
 
 
 def _publish(old: str, new: str) -> None:
-    """Rename a file. Raise OSError, and FileExistsError instead of replacing another file.
+    """Give a file a new name. The old name may stay.
 
-    There is one exception: on a file system without links, a file that was created after the
-    caller looked is replaced.
+    Raise OSError, and FileExistsError if there is a file of the new name. On a file system
+    without links, one that was created after the caller looked is replaced.
     """
     try:
         # link() fails if there is a file of that name, rename() would replace it.
@@ -837,7 +848,7 @@ class Storage(Protocol):
     failures: Failures  # counts wrong passwords, in memory or in the database
 
     @property
-    def reads_may_wait(self) -> bool:
+    def short_reads_may_wait(self) -> bool:
         """True if get, ping or a page of at most SHORT_PAGE users may have to wait."""
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
@@ -920,7 +931,8 @@ def check_failure_count(count: int, elapsed: float) -> None:
 class Failures:
     """Counts the consecutive wrong passwords of each account, in the memory of a process.
 
-    An account is the id of a user, or the digest of an unknown email.
+    An account is the id of a user, or the digest of an unknown email. Each process counts for
+    itself. A CGI program, which is a new process for each request, counts nothing.
     """
 
     def __init__(self) -> None:
@@ -933,9 +945,9 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: False before a password is hashed: this check only saves the hash, and a
-            subclass may return 0 instead. True after it was hashed: this check decides. This
-            class ignores the parameter.
+        :param is_final: True for the check after a password was verified, which decides. False
+            for the check before. A subclass may skip that one, and return 0: it only avoids a
+            needless hash.
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -960,13 +972,13 @@ class Failures:
 
 # Cast, because another program may have stored anything: json_object takes no BLOB, and
 # created_on may be a number.
-_USER = """json_object('id', id, 'first_name', CAST(first_name AS TEXT),
+_USER_JSON = """json_object('id', id, 'first_name', CAST(first_name AS TEXT),
     'last_name', CAST(last_name AS TEXT), 'email', CAST(email AS TEXT),
     'created_on', CAST(created_on AS TEXT))"""
-_PASSWORD = "coalesce(CAST(password AS TEXT), '')"
+_PASSWORD_HASH = "coalesce(CAST(password AS TEXT), '')"
 # It names all columns, so that a missing one is an error.
-_SELECT_COLUMNS = f'SELECT {_USER}, password FROM "user" LIMIT 1'
-_SELECT_USER = f'SELECT {_USER} FROM "user" WHERE id = ?'
+_SELECT_COLUMNS = f'SELECT {_USER_JSON}, password FROM "user" LIMIT 1'
+_SELECT_USER = f'SELECT {_USER_JSON} FROM "user" WHERE id = ?'
 _CONTAINS = r"""AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\'
     OR email LIKE :text ESCAPE '\')"""
 
@@ -988,7 +1000,7 @@ WITH page AS (
     SELECT group_concat(user, ',') AS users, {outermost}(id) AS last,
         count(*) = :limit AS is_full
     FROM (
-        SELECT id, {_USER} AS user FROM "user"
+        SELECT id, {_USER_JSON} AS user FROM "user"
         WHERE id {beyond} :after {conditions}
         ORDER BY id {order} LIMIT :limit
     )
@@ -1015,15 +1027,17 @@ class Users(Database):
             path = os.environ.get("PROFILER_DATABASE") or DATABASE
         super().__init__(os.fsdecode(path))
         self.failures = Failures()
-        # A server may run reads of a few rows in the thread that serves all clients. They have
-        # a slot of their own, so that they never wait for a thread that uses another one.
+        # A server may run short reads in the thread that serves all clients. Their slot is used
+        # for nothing else, so that they never wait for a slow statement.
         self._read_slot = self.add_slot()
+        # To look up an email may take long: it scans the table if the tutorial created it, because
+        # the index of that table does not ignore case.
         self._lookup_slot = self.add_slot()
         self._list_slot = self.add_slot()
         self._search_slot = self.add_slot(MAX_WAITING_SEARCHES)
 
     @property
-    def reads_may_wait(self) -> bool:
+    def short_reads_may_wait(self) -> bool:
         """See Storage."""
         # A read waits while the file is opened and, outside WAL mode, for a writer.
         return self._read_slot.connection is None or not self.is_wal
@@ -1034,7 +1048,7 @@ class Users(Database):
         if isinstance(key, str):
             # The table that the tutorial created may have emails that differ in case only.
             condition = "email = :key COLLATE NOCASE ORDER BY email = :key COLLATE BINARY DESC"
-        statement = f'SELECT id, {_PASSWORD} FROM "user" WHERE {condition}'
+        statement = f'SELECT id, {_PASSWORD_HASH} FROM "user" WHERE {condition}'
         rows = self.read(self._lookup_slot, statement, {"key": key})
         return (rows[0][0], rows[0][1].decode(errors="replace")) if rows else None
 
@@ -1121,7 +1135,7 @@ WHERE id = :id
         """See Storage."""
         statement = f"""
 UPDATE "user" SET password = :new
-WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
+WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
 """
         parameters = {"id": user_id, "expected": expected, "new": new}
         with self.transaction() as connection:
@@ -1144,7 +1158,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD} = :expected)
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
         self.created_table = False
-        # To open the file creates a missing table.
+        # This opens the file. Whoever opens it creates a missing table.
         with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
@@ -1211,7 +1225,7 @@ def check_text(name: str, value: object) -> str:
     elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
-        # In most fields, check_field refuses all control characters. Name them at once.
+        # Most fields may not contain any control character, so do not name NUL only.
         kind = "the NUL character" if "password" in name else "control characters"
         problem = f"must not contain {kind}"
     else:
@@ -1372,7 +1386,8 @@ class Accounts:
 
         :param new_password: at most 1,024 characters, without NUL
         :param guard: a check inside the transaction: see Guard
-        :raises InvalidField: if the new password is not allowed
+        :raises InvalidField: if the new password is not allowed, or the old one cannot be a
+            password
         :raises NoSuchUser: if no user has the id
         :raises WrongPassword: if the old password is wrong
         :raises TooManyAttempts: if the account had too many wrong passwords
@@ -1474,8 +1489,8 @@ _HEADERS = (
 # The values for start_response: `200 OK`.
 _STATUSES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Our entity tag, also as compressing proxies change it: W/ in front (nginx), or -gzip at the
-# end (Apache).
+# Our entity tag, also as compressing proxies change it: W/ in front (nginx), or -gzip before
+# the closing quote (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
 
 
@@ -1536,7 +1551,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
 def require_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Return the named members of an object.
 
-    Raise HTTPError: 400 if one is missing, blank, or another empty value.
+    Raise HTTPError: 400 if one is missing, blank, or false in Python (null, 0, [] and so on).
     """
     if any(is_blank(fields.get(name) or "") for name in names):
         raise HTTPError(400, "Required fields are missing")
@@ -1659,9 +1674,10 @@ def create_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
 
 
 def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
-    """Return 200 with an array of all users, or of those that the query selects.
+    """Return 200 with an array of users. The query may have limit, after, sort, email and q.
 
-    Its parameters are limit, after, sort, email and q.
+    With limit, email or q, the response is one page, with a link to the next one. Otherwise it
+    has all users, and is streamed if they are many.
     """
     query = parse_query(environ)
     limit, after, descending, email, text = parse_selection(query)
@@ -1766,7 +1782,7 @@ ROUTES: tuple[tuple[re.Pattern[str], dict[str, Callable[..., Response]]], ...] =
     (re.compile("/?"), {"GET": get_file}),
     (re.compile("/openapi[.]json"), {"GET": get_file}),
 )
-# These need no token.
+# These need no token: health checks and browsers do not send one.
 PUBLIC_PATHS = re.compile("/health/?|/?|/openapi[.]json")
 
 
@@ -1789,7 +1805,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
     return limit, after, sort == "-id", email, text
 
 
-def is_long_read(environ: WSGIEnvironment) -> bool:
+def may_take_long(environ: WSGIEnvironment) -> bool:
     """Return True for a GET that takes long, or may wait for others that take long."""
     if not environ.get("QUERY_STRING") or not USERS_PATH.fullmatch(environ["PATH_INFO"]):
         return False
@@ -1882,7 +1898,7 @@ class Application:
         A server with a single thread should then run the application in another one.
         """
         is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        return not is_read or self.users.reads_may_wait or is_long_read(environ)
+        return not is_read or self.users.short_reads_may_wait or may_take_long(environ)
 
     def close(self) -> None:
         """Close the database. The next request opens it again."""
@@ -1898,7 +1914,7 @@ class Application:
         if self.tokens:
             self._check_token(environ, path)
         elif not self.anonymous:
-            self._check_host(environ)
+            self._check_loopback(environ)
         for pattern, handlers in ROUTES:
             match = pattern.fullmatch(path)
             if not match:
@@ -1910,6 +1926,7 @@ class Application:
                 return handler(self.accounts, environ)
             user_id = int(match[1])
             if user_id > MAX_ID:
+                # sqlite3 would raise OverflowError.
                 raise NoSuchUser
             return handler(self.accounts, environ, user_id)
         raise HTTPError(404, NOTHING_HERE)
@@ -1926,7 +1943,7 @@ class Application:
             message = "Send a valid token in the header Authorization: Bearer TOKEN"
             raise HTTPError(401, message, challenge)
 
-    def _check_host(self, environ: WSGIEnvironment) -> None:
+    def _check_loopback(self, environ: WSGIEnvironment) -> None:
         """Raise HTTPError: 421 for another machine, or a Host that is no loopback name.
 
         The name prevents DNS rebinding: a website can point its own name at 127.0.0.1, and
@@ -2029,7 +2046,7 @@ def to_error_response(error: Exception) -> Response:
 
 
 def log_error(error: Exception, environ: WSGIEnvironment) -> None:
-    """Log a bug with its traceback, and a message for the operator in one line."""
+    """Log an exception: an unexpected one with its traceback, others with their message."""
     if isinstance(error, (HTTPError, InvalidField)):
         # The client gets the message.
         return
@@ -2239,7 +2256,7 @@ def take_chunked_body(received: bytearray) -> Steps:
             if not chunk.endswith(b"\r\n"):
                 raise HTTPError(400, "A chunk must end with CR LF")
             body += chunk[:-2]
-    # With one byte more, check_head_size raises.
+    # Take up to one byte too many, so that check_head_size notices it.
     trailers = yield from take_until(received, _TRAILERS_END, MAX_HEAD + 1)
     check_head_size(trailers)
     if not _TRAILERS.fullmatch(trailers):
@@ -2262,8 +2279,8 @@ def take_chunked_body(received: bytearray) -> Steps:
 # into a queue and writes a byte to a socket pair, which wakes the selector.
 #
 # The I/O thread computes the responses to several requests first, and then sends them
-# together. Waking a client takes longer than sending to it. This way, a client with many
-# connections wakes only once.
+# together. The first response wakes the client, which takes longer than to send it. A client
+# with many connections is then woken once for all of them.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2435,6 +2452,7 @@ class Server(socketserver.TCPServer):
             self._handle_events(0)
             self._next_check = now + CHECK_INTERVAL
             for connection in [each for each in self.connections if each.deadline < now]:
+                # The client sees this message only if it has sent a part of a request.
                 connection.resume(HTTPError(408, "The request took too long to arrive"))
 
     def _handle_events(self, timeout: float) -> None:
@@ -2480,7 +2498,10 @@ class Server(socketserver.TCPServer):
                 return
 
     def _make_room(self) -> bool:
-        """Close the connection that has waited longest for its client, if one does."""
+        """Close the connection that has waited longest for its client.
+
+        Return False if no connection waits for its client.
+        """
         waiting = (each for each in self.connections if each.deadline < math.inf)
         longest = next(waiting, None)
         if longest:
@@ -2496,7 +2517,7 @@ def _find_max_connections() -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def format_time(second: int) -> tuple[str, str]:
+def format_times(second: int) -> tuple[str, str]:
     """Return a time for the header Date, and for the log in Common Log Format."""
     local = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
     return format_date_time(second), local
@@ -2542,6 +2563,8 @@ class Connection:
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
+            # An OSError is a lost connection. An HTTPError, which log_error ignores, is a client
+            # that closed or was idle between requests.
             if not isinstance(error, OSError):
                 log_error(error, self.server.base_environ)
             self.close()
@@ -2556,7 +2579,7 @@ class Connection:
             self.socket.close()
 
     def _handle_event(self, events: int) -> None:
-        """Receive what has arrived, and resume. At the end of the stream, throw HTTPError."""
+        """Receive what has arrived, and resume. If the client has closed, throw HTTPError."""
         # Since select() returned, the connection may have begun to wait for something else.
         if self in self.server.ready or not events & self._events:
             return
@@ -2695,7 +2718,7 @@ class Connection:
         If the response breaks off, reset the connection, so that no client takes a part for
         the whole.
         """
-        date, local_time = format_time(int(time.time()))
+        date, local_time = format_times(int(time.time()))
         persistence = f"Keep-Alive: timeout={IDLE_TIMEOUT}"
         if self.is_last_request:
             persistence = "Connection: close"
@@ -2822,7 +2845,7 @@ def make_parser(
         "--anonymous",
         action="store_true",
         default=None,
-        help="serve without a token (PROFILER_ANONYMOUS=1)",
+        help="without a token, serve other machines, too (PROFILER_ANONYMOUS=1)",
     )
     add(
         "--iterations",

@@ -504,7 +504,7 @@ class SQLAlchemyUsers:
     """
 
     # Any read may have to wait for the server.
-    reads_may_wait = True
+    short_reads_may_wait = True
 
     def __init__(self, url: str) -> None:
         """Store the URL. Nothing is connected yet. Raise ValueError."""

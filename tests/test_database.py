@@ -636,15 +636,15 @@ def test_close_does_not_wait_for_a_stalled_statement(application, stalled_search
 # -- threads that must not wait --------------------------------------------------------
 
 
-def test_reads_may_wait_until_the_file_is_open(application, users):
-    assert users.reads_may_wait
+def test_short_reads_may_wait_until_the_file_is_open(application, users):
+    assert users.short_reads_may_wait
     assert call(application, path="/users/1/").status == 404
-    assert not users.reads_may_wait
+    assert not users.short_reads_may_wait
     application.close()
-    assert users.reads_may_wait
+    assert users.short_reads_may_wait
 
 
-def test_reads_may_wait_where_the_file_cannot_be_switched_to_wal_mode(
+def test_short_reads_may_wait_where_the_file_cannot_be_switched_to_wal_mode(
     application, users, path, short_timeouts
 ):
     execute(path, TUTORIAL_SCHEMA.strip())
@@ -652,7 +652,7 @@ def test_reads_may_wait_where_the_file_cannot_be_switched_to_wal_mode(
         other.execute("BEGIN")
         other.execute("SELECT * FROM user").fetchall()
         assert call(application, path="/users/1/").status == 404
-        assert users.reads_may_wait
+        assert users.short_reads_may_wait
 
 
 # -- files that move -------------------------------------------------------------------
@@ -720,7 +720,6 @@ def test_switch_to_wal_mode_after_the_first_connection_keeps_writes_possible(
     assert post(application, json.dumps(RON).encode()).status == 201
     assert execute(path, "PRAGMA journal_mode") == [("wal",)]
     assert call(application, path="/health/").status == 200
-
 
 
 @not_on_windows("refuses to move or delete an open file")
