@@ -223,10 +223,10 @@ def _make_derivation(fields: dict[str, str], salt: bytes) -> Callable[[bytes], b
     is_valid = 2 <= n < 2 ** (16 * r) and n & (n - 1) == 0
     if not is_valid or n * r * p > MAX_SCRYPT_COST or not hasattr(hashlib, "scrypt"):
         raise ValueError
-    # A build of OpenSSL for FIPS 140 refuses scrypt with a ValueError.
+    # A build of OpenSSL for FIPS 140 refuses scrypt with a ValueError. Find that out here.
     hashlib.scrypt(b"", salt=b"", n=2, r=1, p=1)
     # OpenSSL needs this many bytes.
-    maxmem = 128 * r * (n + p + 3)
+    maxmem = 128 * r * (n + p + 2)
     return functools.partial(hashlib.scrypt, salt=salt, n=n, r=r, p=p, maxmem=maxmem)
 
 
@@ -510,8 +510,8 @@ class Database:
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
         if folder_time == self._folder_time and all(os.access(path, os.F_OK) for path in paths):
             return False
-        # SQLite itself deletes both when the last connection is closed, and creates new ones. So
-        # the others are lost only if a connection was open before this look, and still is.
+        # SQLite itself deletes both when the last connection is closed, and creates new ones
+        # later. So a difference is a loss only if a connection was open during the whole look.
         files = [_identify(path) for path in paths]
         is_lost = is_open and files != self._wal_files and self._is_open()
         if not is_lost:
@@ -530,9 +530,8 @@ class Database:
         for suffix in ("", "-wal", "-shm"):
             needed[self.location + suffix] = os.R_OK | os.W_OK
         for path, mode in needed.items():
-            # SQLite may create or delete a file in between.
-            is_accessible = os.access(path, mode) or not os.path.exists(path)
-            if not is_accessible and not os.access(path, mode):
+            # SQLite may create or delete the file between two of these looks.
+            if os.path.exists(path) and not os.access(path, mode) and os.path.exists(path):
                 raise Unavailable(f"this user may not read and write {path}")
 
     def backup(self, path: str) -> None:
@@ -587,7 +586,6 @@ class Database:
         """
         self.check_files()
         self._create_file()
-        was_wal = self.is_wal
         connection = self._open()
         try:
             self._set_journal_mode(connection)
@@ -602,7 +600,8 @@ class Database:
             connection.close()
             raise
         self._file = self._file or _identify(self.location)
-        if not (was_wal and self._is_open()):
+        # They did not exist if an open connection could not switch the file to WAL mode.
+        if not self._is_open() or None in self._wal_files:
             self._wal_files = [_identify(self.location + suffix) for suffix in ("-wal", "-shm")]
         slot.connection = connection
         return connection
@@ -808,7 +807,7 @@ def _publish(old: str, new: str) -> None:
 # -- users -----------------------------------------------------------------------------
 # The storage: a table of users in SQLite. To write another storage, implement `Storage`.
 
-MAX_WAITING_SEARCHES = 64  # searches that wait for another one: a quarter of the server's WORKERS
+MAX_WAITING_SEARCHES = 64  # searches that wait for their turn: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
 # NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures. OWASP ASVS 6.3.1 asks for a
 # limit of this kind.
@@ -840,8 +839,8 @@ class Storage(Protocol):
     created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are positive and are never used again.
     Emails are compared ignoring the case of ASCII letters. Any number of threads may call
     the methods. Each of them may also raise Unavailable, or Busy if the same call may
-    succeed in a moment; for a damaged database, it raises what its library raises. Values
-    have been checked: see Accounts.
+    succeed in a moment; for a damaged database, it raises what its library raises. The
+    values of fields have been checked: see Accounts.
     """
 
     location: str  # the path or the URL, for people, without a password
@@ -849,7 +848,10 @@ class Storage(Protocol):
 
     @property
     def short_reads_may_wait(self) -> bool:
-        """True if get, ping or a page of at most SHORT_PAGE users may have to wait."""
+        """True if get, ping, or a page of at most SHORT_PAGE users, may have to wait.
+
+        The page is one without `email` and `text`.
+        """
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """Return the id and the password hash of the user with an id or an email, or None.
@@ -991,7 +993,7 @@ def _page_statement(descending: bool, by_email: bool, by_text: bool) -> str:
     if by_text:
         conditions += _CONTAINS
     # Only a full page may have a next one. Looking for it can take another scan of the table.
-    # CASE avoids it. SQLite may evaluate both sides of AND.
+    # CASE avoids this. AND would not, because SQLite may evaluate both sides of it.
     # SQLite does not document the order of group_concat over a subquery. In practice it is
     # the order of the subquery, which tests check. To join rows in Python makes lists 1.5
     # times slower.
@@ -1166,7 +1168,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
-                connection.execute(_SELECT_COLUMNS)
+            connection.execute(_SELECT_COLUMNS)
         return self.created_table
 
 
@@ -1534,7 +1536,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
         raise HTTPError(415, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise HTTPError(400, f"The body must have at most {MAX_BRACKETS} brackets")
+        raise HTTPError(400, f"The body must have at most {MAX_BRACKETS} opening brackets")
     try:
         text = body.removeprefix(_BYTE_ORDER_MARK).decode()
         # parse_int=float avoids the quadratic cost of huge integers. No field needs an int.
@@ -1893,7 +1895,7 @@ class Application:
         return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
 
     def may_wait(self, environ: WSGIEnvironment) -> bool:
-        """Return True if a response may have to wait for a lock, a core, a disk or a scan.
+        """Return True if a response may have to wait for a lock, a core, a commit or a scan.
 
         A server with a single thread should then run the application in another one.
         """
@@ -1946,8 +1948,8 @@ class Application:
     def _check_loopback(self, environ: WSGIEnvironment) -> None:
         """Raise HTTPError: 421 for another machine, or a Host that is no loopback name.
 
-        The name prevents DNS rebinding: a website can point its own name at 127.0.0.1, and
-        browsers would send its requests here. The clients of a proxy on this machine cannot be
+        The second check prevents DNS rebinding: a website can point its own name at 127.0.0.1,
+        and browsers would send its requests here. The clients of a proxy on this machine cannot be
         told from the machine itself: behind a proxy, set a token.
         """
         # With a Unix socket, the address is empty.
@@ -2029,7 +2031,7 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
 application = app = create_on_first_use(create_app)
 
 
-def _find_error(error: Exception) -> tuple[int, str] | None:
+def _find_row(error: Exception) -> tuple[int, str] | None:
     """Return the row of ERRORS for the type of an exception, or for its nearest base class."""
     return next((ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS), None)
 
@@ -2038,7 +2040,7 @@ def to_error_response(error: Exception) -> Response:
     """Return the response for an exception."""
     if isinstance(error, HTTPError):
         return error.status, to_json({"error": str(error)}), (JSON_TYPE, *error.headers)
-    status, message = _find_error(error) or (500, "Internal server error")
+    status, message = _find_row(error) or (500, "Internal server error")
     headers = [JSON_TYPE]
     if isinstance(error, (TooManyAttempts, Unavailable)):
         headers.append(("Retry-After", str(error.retry_after)))
@@ -2047,12 +2049,12 @@ def to_error_response(error: Exception) -> Response:
 
 def log_error(error: Exception, environ: WSGIEnvironment) -> None:
     """Log an exception: an unexpected one with its traceback, others with their message."""
-    if isinstance(error, (HTTPError, InvalidField)):
-        # The client gets the message.
+    found = _find_row(error)
+    if isinstance(error, (HTTPError, InvalidField)) or (found and not str(error)):
+        # The client gets all there is to say.
         return
-    found = _find_error(error)
     if found:
-        text = f"profiler: {found[0]}: {error}\n" if str(error) else ""
+        text = f"profiler: {found[0]}: {error}\n"
     else:
         text = f"profiler: 500: {type(error).__name__}: {error}\n"
         # A traceback needs modules and source files, which may be gone if Python was
@@ -2134,8 +2136,8 @@ def parse_head(head: bytes) -> WSGIEnvironment:
 def _check_headers(environ: WSGIEnvironment) -> None:
     """Check Host, Expect and the length of the body. Raise HTTPError: 400, 413, 417, 501."""
     is_http_1_1 = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    has_host = "HTTP_HOST" in environ or not is_http_1_1
-    if not has_host or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
+    lacks_host = is_http_1_1 and "HTTP_HOST" not in environ
+    if lacks_host or not _HOST_VALUE.fullmatch(environ.get("HTTP_HOST", "")):
         raise HTTPError(400, "Send one Host, such as localhost:5000")
     expect = environ.get("HTTP_EXPECT", "100-continue")
     if is_http_1_1 and expect.lower() != "100-continue":  # RFC 9110 10.1.1
@@ -2320,7 +2322,7 @@ LATER = object()
 class Server(socketserver.TCPServer):
     """An HTTP/1.1 server for an Application, in one process.
 
-    TCPServer only binds the listening socket, and closes it at the end of a with statement.
+    TCPServer only binds the listening socket, and closes it if serve() is never called.
     """
 
     request_queue_size = 1024  # connections that wait to be accepted
@@ -2354,8 +2356,8 @@ class Server(socketserver.TCPServer):
         self.stopping = False
         # All connections. The one that was resumed least recently is the first.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
-        # Connections that wait for their turn.
-        self.ready: dict[Connection, None] = {}
+        # Connections that have a response and wait for their turn to send it.
+        self.senders: dict[Connection, None] = {}
         self.max_connections = _find_max_connections()
         self.selector = selectors.DefaultSelector()
         self._workers = 0
@@ -2407,7 +2409,8 @@ class Server(socketserver.TCPServer):
     def submit(self, function: Callable[[], object], connection: Connection) -> None:
         """Run a function in a worker, then resume the connection in this thread.
 
-        If there is no worker, resume it with Busy.
+        If not even one worker can be started, resume it with Busy. Otherwise the function waits
+        until a worker is free.
         """
         if self._workers < min(self._unfinished + 1, WORKERS):
             with contextlib.suppress(RuntimeError):
@@ -2445,7 +2448,7 @@ class Server(socketserver.TCPServer):
     def _serve_round(self) -> None:
         """Wait for events, and handle them. Then look whose deadline has passed."""
         # With a timeout, because a signal does not end select() (PEP 475).
-        self._handle_events(0 if self.ready else CHECK_INTERVAL)
+        self._handle_events(0 if self.senders else CHECK_INTERVAL)
         now = time.monotonic()
         if now > self._next_check:
             # The process may have been suspended. What has arrived meanwhile comes first.
@@ -2460,13 +2463,13 @@ class Server(socketserver.TCPServer):
         for number, (key, events) in enumerate(self.selector.select(timeout), 1):
             key.data(events)
             if number % SENT_TOGETHER == 0:
-                self._resume_ready()
-        self._resume_ready()
+                self._resume_senders()
+        self._resume_senders()
 
-    def _resume_ready(self) -> None:
-        ready = self.ready
-        self.ready = {}
-        for connection in ready:
+    def _resume_senders(self) -> None:
+        senders = self.senders
+        self.senders = {}
+        for connection in senders:
             connection.resume()
 
     def _accept(self, events: int = READ, limit: int = ACCEPTS) -> None:
@@ -2494,7 +2497,8 @@ class Server(socketserver.TCPServer):
             self.connections[connection] = None
             connection.resume()
             if is_full:
-                # Read what has arrived from others before the next client takes their place.
+                # To make room for another one could close a connection whose request has arrived
+                # but was not read yet. Read first.
                 return
 
     def _make_room(self) -> bool:
@@ -2555,7 +2559,7 @@ class Connection:
                 wanted = self._steps.send(result)
             if wanted is LATER:
                 self.deadline = math.inf
-                self.server.ready[self] = None
+                self.server.senders[self] = None
             elif callable(wanted):
                 self.deadline = math.inf
                 self._watch(NOTHING)
@@ -2581,7 +2585,7 @@ class Connection:
     def _handle_event(self, events: int) -> None:
         """Receive what has arrived, and resume. If the client has closed, throw HTTPError."""
         # Since select() returned, the connection may have begun to wait for something else.
-        if self in self.server.ready or not events & self._events:
+        if self in self.server.senders or not events & self._events:
             return
         problem = None
         if events & READ:
@@ -2854,6 +2858,7 @@ def make_parser(
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
+    # profiler_sqlalchemy.py adds commands of its own.
     return parser, _add_commands(parser, database_help)
 
 

@@ -841,20 +841,26 @@ def test_backup_of_another_database_fails_and_changes_nothing_in_it(tmp_path, pa
     assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
 
 
-def test_file_that_is_created_while_access_is_checked_is_no_error(users, path, monkeypatch):
+def test_file_that_is_deleted_while_access_is_checked_is_no_error(users, path, monkeypatch):
     assert users.count() == 0
     users.close()
-    access, asked = os.access, []
+    exists, asked = os.path.exists, []
 
-    def access_too_early(name, mode):
+    def exists_a_moment_longer(name):
         if name not in asked:
             asked.append(name)
-            return False
-        return access(name, mode)
+            return True
+        return exists(name)
 
-    monkeypatch.setattr(os, "access", access_too_early)
+    monkeypatch.setattr(os.path, "exists", exists_a_moment_longer)
     users.check_access()
-    assert str(path) in asked
+    assert f"{path}-wal" in asked
+
+
+def test_existing_database_without_the_columns_is_refused(users, path):
+    execute(path, "CREATE TABLE user (id INTEGER PRIMARY KEY)")
+    with pytest.raises(profiler.Unavailable, match="no such column"):
+        users.initialise()
 
 
 def test_backup_of_a_short_file_fails(tmp_path, path):

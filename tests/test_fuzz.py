@@ -269,7 +269,7 @@ def test_no_exception_of_a_connection_ends_the_server_and_responses_are_valid(di
             server._serve_round()
             run_jobs(dice, server)
         assert not server.connections, "it neither ends nor waits for the client"
-        assert [server.ready, server.selector.watched] == [{}, {}]
+        assert [server.senders, server.selector.watched] == [{}, {}]
         assert server.jobs == []
         assert sock.closed
         if methods is not None:
