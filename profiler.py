@@ -51,7 +51,7 @@ from collections import OrderedDict
 from hashlib import pbkdf2_hmac
 from http import HTTPStatus
 from importlib.machinery import SourceFileLoader
-from typing import TYPE_CHECKING, Any, Callable, Protocol, Union
+from typing import TYPE_CHECKING, Any, Callable, Protocol
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 from weakref import ref
 from wsgiref.handlers import CGIHandler, format_date_time
@@ -61,12 +61,12 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     # A status, a body and extra headers. An iterator is the body of a streamed response.
-    Response = tuple[int, Union[bytes, Iterator[bytes], None], tuple[tuple[str, str], ...]]
+    Response = tuple[int, bytes | Iterator[bytes] | None, tuple[tuple[str, str], ...]]
     WSGIResponse = tuple[str, list[tuple[str, str]], Iterable[bytes]]
     # A check that a write calls inside its transaction. The argument is the JSON of the
     # user, or None if there is no such user. If the guard raises, nothing is written.
-    Guard = Callable[[Union[bytes, None]], object]
-    StrOrBytesPath = Union[str, bytes, os.PathLike[str]]
+    Guard = Callable[[bytes | None], object]
+    StrOrBytesPath = str | bytes | os.PathLike[str]
     # A generator that yields what it waits for.
     Steps = Generator[Any, Any, Any]
 
