@@ -1844,7 +1844,7 @@ def _make_path(environ: WSGIEnvironment, rest: str = "") -> str:
 # The WSGI callable (PEP 3333), and one table from exception to response, which the server
 # uses, too.
 
-# An empty message stands for the exception's own.
+# An empty message stands for the exception's own. Any other exception is a bug.
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidField: (400, ""),
     EmailTaken: (400, "This email is already registered"),
@@ -1853,6 +1853,7 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
     TooManyAttempts: (429, "Too many wrong passwords: try again later"),
     Busy: (503, "The service is busy: try again"),
     Unavailable: (503, "The database is unavailable: see the server log"),
+    Exception: (500, "Internal server error"),
 }
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
@@ -1888,8 +1889,7 @@ class Application:
         try:
             response = self._respond(environ)
         except Exception as error:
-            log_error(error, environ)
-            response = to_error_response(error)
+            response = report_error(error, environ)
         status, headers, body = to_wsgi(response)
         start_response(status, headers)
         return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
@@ -2031,31 +2031,20 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
 application = app = create_on_first_use(create_app)
 
 
-def _find_row(error: Exception) -> tuple[int, str] | None:
-    """Return the row of ERRORS for the type of an exception, or for its nearest base class."""
-    return next((ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS), None)
+def report_error(error: Exception, environ: WSGIEnvironment) -> Response:
+    """Return the response for an exception. Log what its client is not told.
 
-
-def to_error_response(error: Exception) -> Response:
-    """Return the response for an exception."""
+    That is the traceback of a bug, or a message for the operator.
+    """
     if isinstance(error, HTTPError):
         return error.status, to_json({"error": str(error)}), (JSON_TYPE, *error.headers)
-    status, message = _find_row(error) or (500, "Internal server error")
+    # The row of the nearest base class.
+    status, message = next(ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS)
     headers = [JSON_TYPE]
     if isinstance(error, (TooManyAttempts, Unavailable)):
         headers.append(("Retry-After", str(error.retry_after)))
-    return status, to_json({"error": message or str(error)}), tuple(headers)
-
-
-def log_error(error: Exception, environ: WSGIEnvironment) -> None:
-    """Log an exception: an unexpected one with its traceback, others with their message."""
-    found = _find_row(error)
-    if isinstance(error, (HTTPError, InvalidField)) or (found and not str(error)):
-        # The client gets all there is to say.
-        return
-    if found:
-        text = f"profiler: {found[0]}: {error}\n"
-    else:
+    text = f"profiler: {status}: {error}\n" if message and str(error) else ""
+    if status == 500:
         text = f"profiler: 500: {type(error).__name__}: {error}\n"
         # A traceback needs modules and source files, which may be gone if Python was
         # upgraded under this process.
@@ -2063,7 +2052,9 @@ def log_error(error: Exception, environ: WSGIEnvironment) -> None:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     # The log may be full or closed.
     with contextlib.suppress(OSError, ValueError):
-        environ["wsgi.errors"].write(text)
+        if text:
+            environ["wsgi.errors"].write(text)
+    return status, to_json({"error": message or str(error)}), tuple(headers)
 
 
 # -- server: parsing -------------------------------------------------------------------
@@ -2567,10 +2558,10 @@ class Connection:
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
-            # An OSError is a lost connection. An HTTPError, which log_error ignores, is a client
+            # An OSError is a lost connection. An HTTPError, which is not logged, is a client
             # that closed or was idle between requests.
             if not isinstance(error, OSError):
-                log_error(error, self.server.base_environ)
+                report_error(error, self.server.base_environ)
             self.close()
 
     def close(self) -> None:
@@ -2657,8 +2648,7 @@ class Connection:
             self.is_last_request = True
             # For the log, and to recognise HEAD.
             self.head = self.head or bytes(self.received)
-            log_error(error, self.server.base_environ)
-            status, headers, body = to_wsgi(to_error_response(error))
+            status, headers, body = to_wsgi(report_error(error, self.server.base_environ))
             if self.head.startswith(b"HEAD "):
                 body = (b"",)
         yield from self._send_response(status, headers, body)
