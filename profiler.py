@@ -386,7 +386,7 @@ class CapacityLimiter:
 class ConnectionSlot(CapacityLimiter):
     """A place for one SQLite connection, which threads use in turn. It is opened on first use."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int = sys.maxsize) -> None:
         self.connection: sqlite3.Connection | None = None
         self._forking_thread = 0
         super().__init__("the database", BUSY_TIMEOUT, max_waiting=max_waiting)
@@ -440,21 +440,17 @@ class Database:
         self._wal_files: list[tuple[int, int] | None] = []
         # The folder's time of change (st_mtime_ns) at the last look at these files.
         self._folder_time = 0
-        self._slots: list[ConnectionSlot] = []
-        self._write_slot = self.add_slot()
-        # No connection is opened in it. A backup enters it so that a fork waits for the backup.
-        self._backup_slot = self.add_slot()
+        # No connection is opened for "backup": a backup enters the slot so that a fork waits for it.
+        self.slots = {"write": ConnectionSlot(), "backup": ConnectionSlot()}
 
-    def add_slot(self, max_waiting: int = sys.maxsize) -> ConnectionSlot:
-        """Return a new slot. If `max_waiting` threads wait for it, others get Busy."""
-        self._slots.append(ConnectionSlot(max_waiting))
-        return self._slots[-1]
-
-    def read(self, slot: ConnectionSlot, statement: str, parameters: Any = ()) -> list[Any]:
+    def read(self, kind: str, statement: str, parameters: Any = ()) -> list[Any]:
         """Return all rows of a statement that changes nothing.
 
         Raise Busy, Unavailable, and sqlite3.Error for a damaged file.
+
+        :param kind: the key of a slot
         """
+        slot = self.slots[kind]
         # `with slot` would add 3 % to the instructions of a short read.
         slot.enter()
         try:
@@ -473,7 +469,7 @@ class Database:
 
         Raise Busy, Unavailable, and sqlite3.Error for a damaged file.
         """
-        slot = self._write_slot
+        slot = self.slots["write"]
         with slot:
             try:
                 self.check_files()
@@ -519,7 +515,7 @@ class Database:
         return is_lost
 
     def _is_open(self) -> bool:
-        return any(slot.connection for slot in self._slots)
+        return any(slot.connection for slot in self.slots.values())
 
     def check_access(self) -> None:
         """Raise Unavailable if this process may not write to the file or to its folder."""
@@ -558,7 +554,7 @@ class Database:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             # Not _connect(), which may change the journal mode and create the table: to copy a
             # database must not change it.
-            with self._backup_slot, contextlib.closing(self._open()) as connection:
+            with self.slots["backup"], contextlib.closing(self._open()) as connection:
                 if not _execute(connection, _FIND_TABLE).fetchall():
                     raise FileNotFoundError("there is no table of users in it")
                 _execute(connection, "VACUUM INTO ?", (part,))
@@ -574,7 +570,7 @@ class Database:
 
     def close(self) -> None:
         """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
-        for slot in self._slots:
+        for slot in self.slots.values():
             if slot.enter_within(CLOSE_TIMEOUT):
                 slot.close()
                 slot.leave()
@@ -1029,20 +1025,19 @@ class Users(Database):
             path = os.environ.get("PROFILER_DATABASE") or DATABASE
         super().__init__(os.fsdecode(path))
         self.failures = Failures()
-        # A server may run short reads in the thread that serves all clients. Their slot is used
-        # for nothing else, so that they never wait for a slow statement.
-        self._read_slot = self.add_slot()
-        # To look up an email may take long: it scans the table if the tutorial created it, because
-        # the index of that table does not ignore case.
-        self._lookup_slot = self.add_slot()
-        self._list_slot = self.add_slot()
-        self._search_slot = self.add_slot(MAX_WAITING_SEARCHES)
+        # One for each kind of read. A server may run short reads in the thread that serves all
+        # clients: in their own slot, they never wait for a slow statement. To look up an email
+        # may be slow: in a table of the tutorial, no index of the emails ignores case.
+        self.slots["short read"] = ConnectionSlot()
+        self.slots["look-up"] = ConnectionSlot()
+        self.slots["list"] = ConnectionSlot()
+        self.slots["search"] = ConnectionSlot(MAX_WAITING_SEARCHES)
 
     @property
     def short_reads_may_wait(self) -> bool:
         """See Storage."""
         # A read waits while the file is opened and, outside WAL mode, for a writer.
-        return self._read_slot.connection is None or not self.is_wal
+        return self.slots["short read"].connection is None or not self.is_wal
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
         """See Storage."""
@@ -1051,12 +1046,12 @@ class Users(Database):
             # The table that the tutorial created may have emails that differ in case only.
             condition = "email = :key COLLATE NOCASE ORDER BY email = :key COLLATE BINARY DESC"
         statement = f'SELECT id, {_PASSWORD_HASH} FROM "user" WHERE {condition}'
-        rows = self.read(self._lookup_slot, statement, {"key": key})
+        rows = self.read("look-up", statement, {"key": key})
         return (rows[0][0], rows[0][1].decode(errors="replace")) if rows else None
 
     def get(self, user_id: int) -> bytes:
         """See Storage."""
-        rows = self.read(self._read_slot, _SELECT_USER, (user_id,))
+        rows = self.read("short read", _SELECT_USER, (user_id,))
         if not rows:
             raise NoSuchUser
         return _to_utf8(rows[0][0])
@@ -1079,14 +1074,16 @@ class Users(Database):
         }
         statement = _page_statement(descending, email is not None, bool(text))
         if text:
-            slot = self._search_slot
+            kind = "search"
         elif email is not None:
-            slot = self._lookup_slot
+            kind = "look-up"
         elif limit > SHORT_PAGE:
-            slot = self._list_slot
+            kind = "list"
         else:
-            slot = self._read_slot
-        [(users, last, more)] = self.read(slot, statement, parameters)
+            # A server may run it in the thread that serves all clients. So it has a slot of its
+            # own, with other short reads, and never waits for a thread that uses another slot.
+            kind = "short read"
+        [(users, last, more)] = self.read(kind, statement, parameters)
         return _to_utf8(users or b""), last if more else None
 
     def insert(self, first_name: str, last_name: str, email: str, password_hash: str) -> int:
@@ -1146,7 +1143,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
 
     def count(self) -> int:
         """See Storage."""
-        [(count,)] = self.read(self._list_slot, 'SELECT count(*) FROM "user"')
+        [(count,)] = self.read("list", 'SELECT count(*) FROM "user"')
         return int(count)
 
     def ping(self) -> None:
@@ -1154,8 +1151,8 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
         self.check_files()
         self.check_access()
         # Forget what was read, so that a damaged file is noticed.
-        self.read(self._read_slot, "PRAGMA shrink_memory")
-        self.read(self._read_slot, _SELECT_COLUMNS)
+        self.read("short read", "PRAGMA shrink_memory")
+        self.read("short read", _SELECT_COLUMNS)
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""

@@ -957,7 +957,7 @@ def test_search_beyond_those_that_may_wait_is_503_and_others_are_served(
     """Otherwise searches would take all workers, and writes would wait for them."""
     fill(path, 1)
     waiting = threading.Semaphore(0)
-    slot = users._search_slot
+    slot = users.slots["search"]
 
     def enter(limiter, enter=profiler.CapacityLimiter.enter):
         if limiter is slot:
