@@ -2845,12 +2845,6 @@ def make_parser(
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
-    # profiler_sqlalchemy.py adds commands of its own.
-    return parser, _add_commands(parser, database_help)
-
-
-def _add_commands(parser: argparse.ArgumentParser, database_help: str) -> Any:
-    """Add the commands to the parser, and return its subparsers."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     initialise = commands.add_parser(
         "initialise-database", help="create the table of users", allow_abbrev=False
@@ -2864,7 +2858,8 @@ def _add_commands(parser: argparse.ArgumentParser, database_help: str) -> Any:
     backup.set_defaults(run=_backup)
     for command in (initialise, backup):
         command.add_argument("--database", default=argparse.SUPPRESS, help=database_help)
-    return commands
+    # profiler_sqlalchemy.py adds commands of its own.
+    return parser, commands
 
 
 def run_command(
