@@ -581,7 +581,15 @@ class Database:
         Raise sqlite3.Error, Unavailable, OSError.
         """
         self.check_files()
-        self._create_file()
+        if not os.path.exists(self.location):
+            # If there is no schema, fail before there is an empty file.
+            _read_schema()
+            # Only its owner may read the file. SQLite would let others read it.
+            with contextlib.suppress(OSError):
+                # Do not close this descriptor. Closing any descriptor of a file releases all
+                # POSIX locks that the process holds on the file, including SQLite's
+                # (sqlite.org/howtocorrupt.html, 2.2).
+                os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         connection = self._open()
         try:
             self._set_journal_mode(connection)
@@ -616,20 +624,6 @@ class Database:
         )
         connection.text_factory = bytes
         return connection
-
-    def _create_file(self) -> None:
-        """Create the file, readable by its owner only, if it does not exist.
-
-        Raise Unavailable.
-        """
-        if not os.path.exists(self.location):
-            # If there is no schema, fail before there is an empty file.
-            _read_schema()
-            with contextlib.suppress(OSError):
-                # Do not close this descriptor. Closing any descriptor of a file releases all
-                # POSIX locks that the process holds on the file, including SQLite's
-                # (sqlite.org/howtocorrupt.html, 2.2).
-                os.open(self.location, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
     def _set_journal_mode(self, connection: sqlite3.Connection) -> None:
         """Switch to WAL mode, where readers and a writer do not wait for each other.
