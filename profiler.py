@@ -2181,25 +2181,21 @@ def _cut(received: bytearray, size: int) -> bytes:
 
 
 def take_head(received: bytearray) -> Steps:
-    """Take a request head. Raise HTTPError as soon as it is invalid: 400, 414, 431, 505."""
-    is_line_checked = False
-    searched = 0
-    while not (end := HEAD_END.search(received, searched)):
-        head = bytes(received)
-        # The last two bytes may be the beginning of the empty line.
-        searched = max(0, len(head) - 2)
-        # Check the request line when it is complete, or cannot become valid: a client that
-        # speaks TLS would wait for an answer.
-        if not is_line_checked and (
-            b"\n" in head
-            or len(head) > MAX_REQUEST_LINE
-            or not _REQUEST_START.fullmatch(head.decode("latin-1"))
+    """Take a request head, or one byte more than MAX_HEAD, which parse_head refuses.
+
+    Raise HTTPError as soon as the request line is invalid: 400, 414, 505.
+    """
+    if not received.endswith(b"\r\n\r\n"):
+        # A client that speaks TLS would wait for an answer, so do not wait for an end of the
+        # line if it cannot become valid.
+        while (
+            b"\n" not in received
+            and len(received) <= MAX_REQUEST_LINE
+            and _REQUEST_START.fullmatch(received.decode("latin-1"))
         ):
-            parse_request_line(head)
-            is_line_checked = True
-        check_head_size(head)
-        yield
-    return _cut(received, end.end())
+            yield
+        parse_request_line(bytes(received))
+    return (yield from take_until(received, HEAD_END, MAX_HEAD + 1))
 
 
 def take(received: bytearray, size: int) -> Steps:

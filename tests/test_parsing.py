@@ -262,8 +262,9 @@ def test_head_is_accepted_however_it_arrives(head):
     ids=["TLS", "NUL", "space", "empty lines", "SSH", "HTTP/2", "request line", "head"],
 )
 def test_head_that_cannot_become_valid_is_rejected_early(beginning, status):
+    received = bytearray(beginning)
     with pytest.raises(profiler.HTTPError) as rejection:
-        next(profiler.take_head(bytearray(beginning)))
+        profiler.parse_head(feed(profiler.take_head(received), received, iter(())))
     assert rejection.value.status == status
 
 
