@@ -433,6 +433,7 @@ class Database:
             )
         # SQLite puts its -wal file next to the file itself, not next to a symbolic link.
         self.location = os.path.realpath(path)
+        self._wal_paths = [self.location + "-wal", self.location + "-shm"]
         self.created_table = False
         # The file in use (device and inode), its journal mode, and its -wal and -shm files.
         self._file: tuple[int, int] | None = None
@@ -500,15 +501,15 @@ class Database:
 
     def _has_lost_wal_files(self) -> bool:
         is_open = self._is_open()
-        paths = [self.location + "-wal", self.location + "-shm"]
         # Look at the files only after a change of the folder, or if one is missing: on Linux
         # 6.18 a commit that follows a stat() of the -wal file takes 40 us longer to sync.
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
-        if folder_time == self._folder_time and all(os.access(path, os.F_OK) for path in paths):
+        is_unchanged = folder_time == self._folder_time
+        if is_unchanged and all(os.access(path, os.F_OK) for path in self._wal_paths):
             return False
         # SQLite itself deletes both when the last connection is closed, and creates new ones
         # later. So a difference is a loss only if a connection was open during the whole look.
-        files = [_identify(path) for path in paths]
+        files = [_identify(path) for path in self._wal_paths]
         is_lost = is_open and files != self._wal_files and self._is_open()
         if not is_lost:
             self._folder_time = folder_time
@@ -523,8 +524,8 @@ class Database:
         if not os.path.isdir(folder):
             raise Unavailable(f"create the folder {folder}")
         needed = {folder: os.W_OK | os.X_OK}
-        for suffix in ("", "-wal", "-shm"):
-            needed[self.location + suffix] = os.R_OK | os.W_OK
+        for path in (self.location, *self._wal_paths):
+            needed[path] = os.R_OK | os.W_OK
         for path, mode in needed.items():
             # SQLite may create or delete the file between two of these looks.
             if os.path.exists(path) and not os.access(path, mode) and os.path.exists(path):
@@ -543,8 +544,7 @@ class Database:
         path = os.path.join(os.path.realpath(folder), name)
         part = f"{path}.{os.urandom(4).hex()}.part"
         try:
-            reserved = [self.location + suffix for suffix in ("-journal", "-wal", "-shm")]
-            if os.path.lexists(path) or path in reserved:
+            if os.path.lexists(path) or path in (self.location + "-journal", *self._wal_paths):
                 raise FileExistsError(
                     "choose another name: this file exists, or SQLite would use it"
                 )
@@ -606,7 +606,7 @@ class Database:
         self._file = self._file or _identify(self.location)
         # They did not exist if an open connection could not switch the file to WAL mode.
         if not self._is_open() or None in self._wal_files:
-            self._wal_files = [_identify(self.location + suffix) for suffix in ("-wal", "-shm")]
+            self._wal_files = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
         return connection
 
