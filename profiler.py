@@ -1520,10 +1520,9 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
     Its media type must be application/json or one of `media_types`.
     """
     content_type = re.sub(r'[\s"]', "", environ.get("CONTENT_TYPE", "").lower())
-    media_type, *parameters = content_type.split(";")
-    charsets = {parameter for parameter in parameters if parameter.startswith("charset=")}
-    is_utf8 = charsets <= {"charset=utf-8", "charset=utf8"}
-    if media_type not in ("application/json", *media_types) or not is_utf8:
+    media_type = content_type.partition(";")[0]
+    has_other_charset = re.search(";charset=(?!utf-?8(;|$))", content_type)
+    if media_type not in ("application/json", *media_types) or has_other_charset:
         raise HTTPError(415, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
