@@ -1183,16 +1183,15 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_WAITING_HASHES = 128  # requests that wait for a core: half of the server's WORKERS
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = "[\x00-\x1f\x7f-\x9f]"  # Unicode's category Cc
 # Unicode's property Default_Ignorable_Code_Point (DerivedCoreProperties.txt).
 _INVISIBLE = (
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-_BLANK = re.compile(rf"(?:\s|{_INVISIBLE})*")
-_EMAIL = re.compile(rf"(?:(?!{_INVISIBLE})[^@\s])+@(?:(?!{_INVISIBLE})[^@\s])+")
+_BLANK = rf"(?:\s|{_INVISIBLE})*"
+_EMAIL = rf"(?:(?!{_INVISIBLE})[^@\s])+@(?:(?!{_INVISIBLE})[^@\s])+"
 
 
 class InvalidField(ValueError):
@@ -1208,14 +1207,14 @@ class WrongPassword(Exception):
 
 def is_blank(value: object) -> bool:
     """Return True for a text without visible characters."""
-    return isinstance(value, str) and bool(_BLANK.fullmatch(value))
+    return isinstance(value, str) and bool(re.fullmatch(_BLANK, value))
 
 
 def check_text(name: str, value: object) -> str:
     """Return a value if it can be compared with stored ones. Raise InvalidField."""
     if not isinstance(value, str):
         problem = "must be a string"
-    elif _SURROGATE.search(value):
+    elif re.search("[\ud800-\udfff]", value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
         # Most fields may not contain any control character, so do not name NUL only.
@@ -1243,9 +1242,9 @@ def check_field(name: str, value: object) -> str:
             "must be a PBKDF2-SHA256 or scrypt hash of Werkzeug, Django or passlib, of moderate "
             "cost: others, such as bcrypt, cannot be verified here"
         )
-    elif not is_password and _CONTROL.search(text):
+    elif not is_password and re.search(_CONTROL, text):
         problem = "must not contain control characters"
-    elif name == "email" and not (len(text) <= MAX_EMAIL and _EMAIL.fullmatch(text)):
+    elif name == "email" and not (len(text) <= MAX_EMAIL and re.fullmatch(_EMAIL, text)):
         problem = (
             f"must be an address such as harry@example.com, of at most {MAX_EMAIL} visible "
             "characters"
@@ -1481,7 +1480,6 @@ _HEADERS = (
 )
 # The values for start_response: `200 OK`.
 _STATUSES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Our entity tag, also as compressing proxies change it: W/ in front (nginx), or -gzip before
 # the closing quote (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
@@ -1528,7 +1526,8 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
         raise HTTPError(400, f"The body must have at most {MAX_BRACKETS} opening brackets")
     try:
-        text = body.removeprefix(_BYTE_ORDER_MARK).decode()
+        # Some programs put a byte order mark in front.
+        text = body.decode().removeprefix("\ufeff")
         # parse_int=float avoids the quadratic cost of huge integers. No field needs an int.
         value = json.loads(text, parse_int=float)
     except UnicodeDecodeError:
@@ -1777,7 +1776,7 @@ HANDLERS: dict[str, dict[str, Callable[..., Response]]] = {
 }
 ROUTES = [(re.compile(pattern), handlers) for pattern, handlers in HANDLERS.items()]
 # These need no token: health checks and browsers do not send one.
-PUBLIC_PATHS = re.compile("/health/?|/?|/openapi[.]json")
+PUBLIC_PATHS = "/health/?|/?|/openapi[.]json"
 
 
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
@@ -1849,14 +1848,14 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
 }
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
-_LOOPBACK_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+_LOOPBACK_HOST = r"(?i)(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?"
 LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
 # Without the cache, a short read would have 8 % more instructions.
 @functools.lru_cache(maxsize=64)
 def _is_loopback(address: str, host: str) -> bool:
-    return bool(LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
+    return bool(LOOPBACK_ADDRESS.match(address) and re.fullmatch(_LOOPBACK_HOST, host))
 
 
 class Application:
@@ -1932,7 +1931,7 @@ class Application:
         # Compare with all tokens, each in constant time.
         count = sum(hmac.compare_digest(given, token) for token in self.tokens)
         is_valid = count > 0 and scheme.lower() == "bearer"
-        if not is_valid and not PUBLIC_PATHS.fullmatch(path):
+        if not is_valid and not re.fullmatch(PUBLIC_PATHS, path):
             challenge = ("WWW-Authenticate", "Bearer")
             message = "Send a valid token in the header Authorization: Bearer TOKEN"
             raise HTTPError(401, message, challenge)
@@ -2073,11 +2072,11 @@ _REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 # RFC 9112 7.1.2. Trailers are header lines, or none, and an empty line.
-_TRAILERS = re.compile(rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode())
+_TRAILERS = rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode()
 _TRAILERS_END = re.compile(rb"(\A|\n)\r?\n")
 _LINE_END = re.compile(b"\n")
 # RFC 9112 7.1. Extensions are ignored.
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_CHUNK_LINE = rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
 # Bare LFs end a head, too, so that parse_head rejects them without waiting for more.
 HEAD_END = re.compile(rb"\n\r?\n")
 
@@ -2221,7 +2220,7 @@ def take_chunked_body(received: bytearray) -> Steps:
     size = -1
     while size != 0:
         line = yield from take_until(received, _LINE_END, MAX_CHUNK_LINE)
-        match = _CHUNK_LINE.fullmatch(line)
+        match = re.fullmatch(_CHUNK_LINE, line)
         if not match:
             raise HTTPError(
                 400,
@@ -2240,7 +2239,7 @@ def take_chunked_body(received: bytearray) -> Steps:
     # Take up to one byte too many, so that check_head_size notices it.
     trailers = yield from take_until(received, _TRAILERS_END, MAX_HEAD + 1)
     check_head_size(trailers)
-    if not _TRAILERS.fullmatch(trailers):
+    if not re.fullmatch(_TRAILERS, trailers):
         raise HTTPError(400, "Trailers must be lines, `Name: value`, without control characters")
     return bytes(body)
 
@@ -2288,7 +2287,7 @@ RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
 
-_CLOSE = re.compile(r"(^|,)[ \t]*close[ \t]*(,|$)", re.IGNORECASE)  # RFC 9112 9.3
+_CLOSE = re.compile(r"(?i)(^|,)[ \t]*close[ \t]*(,|$)")  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
 # What a connection waits for. A `yield` without a value stands for READ. `yield NOTHING` waits
 # until the deadline.
