@@ -113,13 +113,17 @@ BATCH = 500  # users in a part of a streamed list, and by default on a page of ?
 DIGITS = re.compile("[0-9]{1,4000}")
 
 
+class InvalidField(ValueError):
+    """A value is not allowed for a field or a setting. The message starts with its name."""
+
+
 def parse_number(text: str, name: str, low: int, high: int) -> int:
     """Return the number in a setting or a parameter.
 
-    Raise ValueError, which names the setting, if it is no number or out of range.
+    Raise InvalidField if it is no number or out of range.
     """
     if not DIGITS.fullmatch(text) or not low <= int(text) <= high:
-        raise ValueError(f"{name} must be a number from {low} to {high}")
+        raise InvalidField(f"{name} must be a number from {low} to {high}")
     return int(text)
 
 
@@ -1194,10 +1198,6 @@ _BLANK = rf"(?:\s|{_INVISIBLE})*"
 _EMAIL = rf"(?:(?!{_INVISIBLE})[^@\s])+@(?:(?!{_INVISIBLE})[^@\s])+"
 
 
-class InvalidField(ValueError):
-    """A value is not allowed for a field. The message starts with the name of the field."""
-
-
 class WrongPassword(Exception):
     """The password is wrong, or no user has the email.
 
@@ -1785,13 +1785,10 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
     text = check_field("q", query.get("q", ""))
     limit = BATCH if text else SHORT_PAGE
     after = None
-    try:
-        if "limit" in query:
-            limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
-        if "after" in query:
-            after = parse_number(query["after"], "after", 0, MAX_ID)
-    except ValueError as error:
-        raise HTTPError(400, str(error)) from None
+    if "limit" in query:
+        limit = parse_number(query["limit"], "limit", 1, MAX_LIMIT)
+    if "after" in query:
+        after = parse_number(query["after"], "after", 0, MAX_ID)
     sort = query.get("sort", "id")
     if sort not in ("id", "-id"):
         raise HTTPError(400, "sort must be id or -id")
