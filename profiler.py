@@ -2435,9 +2435,9 @@ class Server(socketserver.TCPServer):
 
     def _handle_events(self, timeout: float) -> None:
         """Resume the connections that have an event, then those whose turn it is."""
-        for number, (key, events) in enumerate(self.selector.select(timeout), 1):
+        for key, events in self.selector.select(timeout):
             key.data(events)
-            if number % SENT_TOGETHER == 0:
+            if len(self.senders) >= SENT_TOGETHER:
                 self._resume_senders()
         self._resume_senders()
 
