@@ -445,7 +445,7 @@ class Database:
         self._wal_files: list[tuple[int, int] | None] = []
         # The folder's time of change (st_mtime_ns) at the last look at these files.
         self._folder_time = 0
-        # No connection is opened for "backup": a backup enters the slot so that a fork waits for it.
+        # No connection is opened in "backup". A backup enters it so that a fork waits for it.
         self.slots = {"write": ConnectionSlot(), "backup": ConnectionSlot()}
 
     def read(self, kind: str, statement: str, parameters: Any = ()) -> list[Any]:
@@ -1078,8 +1078,6 @@ class Users(Database):
         elif limit > SHORT_PAGE:
             kind = "list"
         else:
-            # A server may run it in the thread that serves all clients. So it has a slot of its
-            # own, with other short reads, and never waits for a thread that uses another slot.
             kind = "short read"
         [(users, last, more)] = self.read(kind, statement, parameters)
         return _to_utf8(users or b""), last if more else None
