@@ -2830,6 +2830,12 @@ def make_parser(
     add("--no-access-log", action="store_true", help="do not log each request to stderr")
     add("--version", action="version", version=f"profiler {__version__}")
     parser.set_defaults(run=_run_server)
+    # profiler_sqlalchemy.py adds commands of its own.
+    return parser, _add_commands(parser, database_help)
+
+
+def _add_commands(parser: argparse.ArgumentParser, database_help: str) -> Any:
+    """Add the commands to the parser, and return its subparsers."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     initialise = commands.add_parser(
         "initialise-database", help="create the table of users", allow_abbrev=False
@@ -2843,8 +2849,7 @@ def make_parser(
     backup.set_defaults(run=_backup)
     for command in (initialise, backup):
         command.add_argument("--database", default=argparse.SUPPRESS, help=database_help)
-    # profiler_sqlalchemy.py adds commands of its own.
-    return parser, commands
+    return commands
 
 
 def run_command(
