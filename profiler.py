@@ -60,8 +60,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-    # A status, a body and extra headers. An iterator is the body of a streamed response.
-    Response = tuple[int, bytes | Iterator[bytes] | None, tuple[tuple[str, str], ...]]
+    # A status, a body and extra headers. A dictionary is sent as JSON, an iterator is streamed.
+    Body = bytes | dict[str, object] | Iterator[bytes] | None
+    Response = tuple[int, Body, tuple[tuple[str, str], ...]]
     WSGIResponse = tuple[str, list[tuple[str, str]], Iterable[bytes]]
     # A check that a write calls inside its transaction. The argument is the JSON of the
     # user, or None if there is no such user. If the guard raises, nothing is written.
@@ -1492,17 +1493,16 @@ class HTTPError(Exception):
         self.headers = headers
 
 
-def to_json(value: object) -> bytes:
-    """Return a line of compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
 def to_wsgi(response: Response) -> WSGIResponse:
     """Return the status, all headers and the body for a WSGI server.
 
     A complete body is a tuple of one part. The built-in server streams any other iterable.
     """
     status, body, extra = response
+    if isinstance(body, dict):
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        body = text.encode() + b"\n"
+        extra = (JSON_TYPE, *extra)
     if isinstance(body, bytes):
         length = ("Content-Length", f"{len(body)}")
         return _STATUSES[status], [*_HEADERS, *extra, length], (body,)
@@ -1659,7 +1659,7 @@ def create_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     else:
         user_id = accounts.import_user(**require_fields(fields, *PROFILE, "password_hash"))
     location = ("Location", _make_path(environ, f"users/{user_id}/"))
-    return 201, to_json({"id": user_id}), (JSON_TYPE, location)
+    return 201, {"id": user_id}, (location,)
 
 
 def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
@@ -1704,7 +1704,7 @@ def update_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> R
         fields = read_object(environ, "application/merge-patch+json")
         changes = {name: fields[name] for name in PROFILE if name in fields}
     accounts.update(user_id, changes, make_guard(environ))
-    return 200, to_json({"id": user_id}), (JSON_TYPE,)
+    return 200, {"id": user_id}, ()
 
 
 def delete_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
@@ -1733,13 +1733,13 @@ def verify_user(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     401 would ask the client for another token (RFC 9110 15.5.2).
     """
     user_id = accounts.verify(**require_fields(read_object(environ), "email", "password"))
-    return 200, to_json({"id": user_id}), (JSON_TYPE,)
+    return 200, {"id": user_id}, ()
 
 
 def get_health(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     """Return 200 if users can be served."""
     accounts.users.ping()
-    return 200, to_json({"status": "ok"}), (JSON_TYPE,)
+    return 200, {"status": "ok"}, ()
 
 
 def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
@@ -2023,10 +2023,10 @@ def report_error(error: Exception, environ: WSGIEnvironment) -> Response:
     That is the traceback of a bug, or a message for the operator.
     """
     if isinstance(error, HTTPError):
-        return error.status, to_json({"error": str(error)}), (JSON_TYPE, *error.headers)
+        return error.status, {"error": str(error)}, error.headers
     # The row of the nearest base class.
     status, message = next(ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS)
-    headers = [JSON_TYPE]
+    headers = []
     if isinstance(error, (TooManyAttempts, Unavailable)):
         headers.append(("Retry-After", str(error.retry_after)))
     text = f"profiler: {status}: {error}\n" if message and str(error) else ""
@@ -2040,7 +2040,7 @@ def report_error(error: Exception, environ: WSGIEnvironment) -> Response:
     with contextlib.suppress(OSError, ValueError):
         if text:
             environ["wsgi.errors"].write(text)
-    return status, to_json({"error": message or str(error)}), tuple(headers)
+    return status, {"error": message or str(error)}, tuple(headers)
 
 
 # -- server: parsing -------------------------------------------------------------------
