@@ -704,9 +704,9 @@ def read_installed_file(name: str) -> bytes:
     for module in (__file__, os.path.realpath(__file__)):
         here = os.path.dirname(module)
         # A wheel has the files in a folder, where no other package overwrites them.
-        for path in (os.path.join(here, "profiler_users", name), os.path.join(here, name)):
+        for folder in ("profiler_users", ""):
             with contextlib.suppress(OSError):
-                return bytes(get_data(path))
+                return bytes(get_data(os.path.join(here, folder, name)))
     here = os.path.dirname(os.path.abspath(__file__))
     raise FileNotFoundError(f"{name} is missing: copy it to {here}, next to this module")
 
