@@ -1154,7 +1154,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
         self.created_table = False
-        # This opens the file. Whoever opens it creates a missing table.
+        # This opens the file, which creates a missing table.
         with self.transaction() as connection:
             [(count,)] = connection.execute('SELECT count(*) FROM "user"')
             if count and not force:
