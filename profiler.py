@@ -7,14 +7,15 @@
     PUT                        /users/ID/password/reset/    replace a forgotten password
     POST                       /users/verify/               verify an email and a password
     GET                        /health/                     check that users can be served
-    GET                        /, /openapi.json             a page and a document, if installed
+    GET                        /, /openapi.json             an HTML page; the OpenAPI document
 
 Run:    `python profiler.py` serves http://127.0.0.1:5000/ with the users in
         ./db.sqlite3. `--help` lists all options.
 Embed:  `profiler:application` is a WSGI callable. `create_app()` returns one for
         another database. `Accounts` has the same rules for use without HTTP.
 Copy:   this file and schema.sql are all you need, in one folder, with Python 3.9 or
-        later and SQLite 3.27 or later.
+        later and SQLite 3.27 or later. Optional files next to them are index.html,
+        openapi.json, and profiler_sqlalchemy.py, which uses a database server.
 
 The service keeps accounts and checks passwords. It has no sessions and no roles, and it
 sends no email. It reimplements the service of "Building REST APIs with Python and
@@ -91,7 +92,8 @@ __version__ = "2.0.0"
 
 # -- configuration ---------------------------------------------------------------------
 # Defaults, and the limits that clients and operators meet. Other limits stand at the head
-# of the section that uses them.
+# of the section that uses them. Patterns are compiled if most requests use them; re keeps
+# the others.
 
 HOST = "127.0.0.1"  # Flask's default, as in the tutorial
 PORT = 5000  # Flask's default, as in the tutorial
@@ -103,7 +105,8 @@ MAX_BODY = 64 * 1024  # bytes
 MAX_NAME = 255  # characters of a first or last name
 MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 # Python's NFC is quadratic: 1,024 combining characters take 1.5 ms, 32,000 take 3 s. NIST
-# SP 800-63B 5.1.1.2 wants at least 64 characters to be allowed.
+# SP 800-63B 5.1.1.2 wants at least 64 characters to be allowed. There is no minimum: the
+# passwords in the tutorial are short.
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
@@ -255,7 +258,7 @@ def _normalise(password: str) -> bytes:
 # -- database --------------------------------------------------------------------------
 # One SQLite file with one table. Theory of operation: the threads of a process share a few
 # connections, one for each kind of statement. A lock lets one thread at a time use a
-# connection. A connection for each thread was not faster (0.88 to 1.17 times). No
+# connection. With a connection for each thread the rate was 0.88 to 1.17 times as high. No
 # transaction stays open after a read. A write is a short transaction that takes the write
 # lock first (BEGIN IMMEDIATE). Text is returned as bytes, because it goes straight into
 # responses.
@@ -393,6 +396,7 @@ class ConnectionSlot(CapacityLimiter):
 
     def __init__(self, max_waiting: int = sys.maxsize) -> None:
         self.connection: sqlite3.Connection | None = None
+        # The thread that forks, while it has entered.
         self._forking_thread = 0
         super().__init__("the database", BUSY_TIMEOUT, max_waiting=max_waiting)
 
@@ -411,7 +415,8 @@ class ConnectionSlot(CapacityLimiter):
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads in again. In the child, reset() does."""
-        # A slot that was created after before_fork had been called was never entered.
+        # Another thread may have created this slot since the calls of before_fork. Then this
+        # thread has not entered it.
         if self._forking_thread == threading.get_ident():
             self._forking_thread = 0
             self.leave()
@@ -574,9 +579,10 @@ class Database:
                     os.unlink(leftover)
 
     def close(self) -> None:
-        """Close the connections, except one that is still busy after CLOSE_TIMEOUT."""
+        """Close the connections, except those that are still busy after CLOSE_TIMEOUT."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT
         for slot in self.slots.values():
-            if slot.enter_within(CLOSE_TIMEOUT):
+            if slot.enter_within(max(0, deadline - time.monotonic())):
                 slot.close()
                 slot.leave()
 
@@ -609,7 +615,7 @@ class Database:
             connection.close()
             raise
         self._file = self._file or _identify(self.location)
-        # They did not exist if an open connection could not switch the file to WAL mode.
+        # The record has no -wal file if an earlier connection could not switch to WAL mode.
         if not self._is_open() or None in self._wal_files:
             self._wal_files = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
@@ -636,9 +642,9 @@ class Database:
         Where files cannot be mapped into memory, switch to DELETE mode.
         """
         if not _can_map_files(os.path.dirname(self.location)):
-            # Without mapped files SQLite can use and end WAL mode only while it has an
-            # exclusive lock on the file (sqlite.org/wal.html, 8). In NORMAL mode, the next
-            # read releases this lock.
+            # Without mapped files, SQLite can leave WAL mode only while it has an exclusive lock
+            # on the file (sqlite.org/wal.html, 8). Afterwards, go back to normal locking: the
+            # next read releases the lock.
             for setting in (
                 "locking_mode = EXCLUSIVE",
                 "journal_mode = DELETE",
@@ -783,8 +789,8 @@ def _sync(path: str, flags: int) -> None:
 def _publish(old: str, new: str) -> None:
     """Give a file a new name. The old name may stay.
 
-    Raise OSError, and FileExistsError if there is a file of the new name. On a file system
-    without links, one that was created after the caller looked is replaced.
+    Raise OSError, and FileExistsError if there is a file of the new name. A file system without
+    links replaces such a file: callers look for it before.
     """
     try:
         # link() fails if there is a file of that name, rename() would replace it.
@@ -831,7 +837,7 @@ class Storage(Protocol):
     """A storage of users. profiler_sqlalchemy.py has another one.
 
     A user is a JSON object in UTF-8, with the members id, first_name, last_name, email and
-    created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are positive and are never used again.
+    created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are from 1 to MAX_ID, and never used again.
     Emails are compared ignoring the case of ASCII letters. Any number of threads may call
     the methods. Each of them may also raise Unavailable, or Busy if the same call may
     succeed in a moment; for a damaged database, it raises what its library raises. The
@@ -942,9 +948,8 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: True for the check after a password was verified, which decides. False
-            for the check before. A subclass may skip that one, and return 0: it only avoids a
-            needless hash.
+        :param is_final: True after a password was verified: the result decides. False before
+            that: the check only avoids a needless hash, and a subclass may return 0 instead.
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -974,7 +979,7 @@ _USER_JSON = """json_object('id', id, 'first_name', CAST(first_name AS TEXT),
     'created_on', CAST(created_on AS TEXT))"""
 _PASSWORD_HASH = "coalesce(CAST(password AS TEXT), '')"
 # It names all columns, so that a missing one is an error.
-_SELECT_COLUMNS = f'SELECT {_USER_JSON}, password FROM "user" LIMIT 1'
+_CHECK_COLUMNS = f'SELECT {_USER_JSON}, password FROM "user" LIMIT 1'
 _SELECT_USER = f'SELECT {_USER_JSON} FROM "user" WHERE id = ?'
 _CONTAINS = r"""AND (first_name LIKE :text ESCAPE '\' OR last_name LIKE :text ESCAPE '\'
     OR email LIKE :text ESCAPE '\')"""
@@ -1149,7 +1154,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
         self.check_access()
         # Forget what was read, so that a damaged file is noticed.
         self.read("short read", "PRAGMA shrink_memory")
-        self.read("short read", _SELECT_COLUMNS)
+        self.read("short read", _CHECK_COLUMNS)
 
     def initialise(self, force: bool = False) -> bool:
         """See Storage."""
@@ -1162,7 +1167,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
-            connection.execute(_SELECT_COLUMNS)
+            connection.execute(_CHECK_COLUMNS)
         return self.created_table
 
 
@@ -1351,8 +1356,8 @@ class Accounts:
         while True:
             found = self.users.find_credentials(email)
             # bytes.lower() changes ASCII letters only.
-            unknown = hashlib.sha256(email.encode().lower()).digest()
-            account, password_hash = found or (unknown, self._dummy_hash)
+            email_digest = hashlib.sha256(email.encode().lower()).digest()
+            account, password_hash = found or (email_digest, self._dummy_hash)
             with self._cores:
                 self._check_password(account, password_hash, password)
                 new_hash = None
@@ -1377,8 +1382,8 @@ class Accounts:
 
         :param new_password: at most 1,024 characters, without NUL
         :param guard: a check inside the transaction: see Guard
-        :raises InvalidField: if the new password is not allowed, or the old one cannot be a
-            password
+        :raises InvalidField: if the new password is not allowed, or the old one is no text, or
+            contains NUL or a lone surrogate
         :raises NoSuchUser: if no user has the id
         :raises WrongPassword: if the old password is wrong
         :raises TooManyAttempts: if the account had too many wrong passwords
@@ -1389,13 +1394,14 @@ class Accounts:
             found = self.users.find_credentials(user_id)
             if found is None:
                 raise NoSuchUser
+            # The id, if the caller has passed an email instead.
             user_id, password_hash = found
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
             if self.users.replace_password_hash(user_id, password_hash, new_hash, guard):
                 return
-            # Another request has replaced the hash meanwhile. Check the old password again.
+            # Meanwhile the hash was replaced, or the user deleted. Start again.
 
     def reset_password(self, user_id: int, new_password: str, guard: Guard | None = None) -> None:
         """Replace a user's password, whatever it is, and forget wrong passwords.
@@ -1463,8 +1469,9 @@ def count_cores() -> int:
 # -- HTTP ------------------------------------------------------------------------------
 # Requests and responses, independent of the endpoints.
 
-# The JSON parser recurses, at most 1,000 levels deep.
-MAX_BRACKETS = 500  # [ and { in a body
+# Python's JSON parser fails at about 1,000 levels. To count all brackets is simpler than to
+# find the depth.
+MAX_BRACKETS = 500  # [ and { in a body, also in strings
 MAX_TAGS = 100  # entity tags in If-Match and If-None-Match; others are ignored
 MAX_PARAMETERS = 20  # of a query; there are five
 
@@ -1554,7 +1561,7 @@ def parse_query(environ: WSGIEnvironment) -> dict[str, str]:
         raise HTTPError(400, f"Send at most {MAX_PARAMETERS} parameters")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
     if "email" in parameters:
-        # HTML forms write a space as "+", but in an address "+" is a letter.
+        # HTML forms write a space as "+", but in an address "+" stands for itself.
         literal = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
         parameters["email"] = literal["email"]
     return parameters
@@ -1675,8 +1682,8 @@ def list_users(accounts: Accounts, environ: WSGIEnvironment) -> Response:
         return 200, b"[%b]\n" % page, (JSON_TYPE,)
     if "limit" not in query and not text and email is None:
         return 200, _stream_users(accounts.users, page, next_after, descending), (JSON_TYPE,)
-    # The first `position` sets the order of the parameters, the second one their values.
     position = {"limit": limit, "after": next_after}
+    # limit and after come first, and replace those of this request.
     following = urlencode({**position, **query, **position}, quote_via=quote)
     url = f"{_make_path(environ, 'users/')}?{following}"
     return 200, b"[%b]\n" % page, (JSON_TYPE, ("Link", f'<{url}>; rel="next"'))  # RFC 8288
@@ -1774,7 +1781,7 @@ HANDLERS: dict[str, dict[str, Callable[..., Response]]] = {
 }
 ROUTES = [(re.compile(pattern), handlers) for pattern, handlers in HANDLERS.items()]
 # These need no token: health checks and browsers do not send one.
-PUBLIC_PATHS = "/health/?|/?|/openapi[.]json"
+TOKENLESS_PATHS = "/health/?|/?|/openapi[.]json"
 
 
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
@@ -1794,7 +1801,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 
 def may_take_long(environ: WSGIEnvironment) -> bool:
-    """Return True for a GET that takes long, or may wait for others that take long."""
+    """Return True for a GET whose response takes long to begin, or may wait for such others."""
     if not environ.get("QUERY_STRING") or environ["PATH_INFO"].rstrip("/") != "/users":
         return False
     try:
@@ -1914,7 +1921,7 @@ class Application:
                 return handler(self.accounts, environ)
             user_id = int(match[1])
             if user_id > MAX_ID:
-                # sqlite3 would raise OverflowError.
+                # No user can have this id. sqlite3 would raise OverflowError.
                 raise NoSuchUser
             return handler(self.accounts, environ, user_id)
         raise HTTPError(404, NOTHING_HERE)
@@ -1926,7 +1933,7 @@ class Application:
         # Compare with all tokens, each in constant time.
         count = sum(hmac.compare_digest(given, token) for token in self.tokens)
         is_valid = count > 0 and scheme.lower() == "bearer"
-        if not is_valid and not re.fullmatch(PUBLIC_PATHS, path):
+        if not is_valid and not re.fullmatch(TOKENLESS_PATHS, path):
             challenge = ("WWW-Authenticate", "Bearer")
             message = "Send a valid token in the header Authorization: Bearer TOKEN"
             raise HTTPError(401, message, challenge)
@@ -2174,13 +2181,14 @@ def _cut(received: bytearray, size: int) -> bytes:
 
 
 def take_head(received: bytearray) -> Steps:
-    """Take a request head, or one byte more than MAX_HEAD, which parse_head refuses.
+    """Take a request head. Of one that is too long, take MAX_HEAD + 1 bytes.
 
-    Raise HTTPError as soon as the request line is invalid: 400, 414, 505.
+    While the head is incomplete, raise HTTPError as soon as its request line cannot become
+    valid: 400, 414, 505. parse_head checks a complete head.
     """
     if not received.endswith(b"\r\n\r\n"):
-        # A client that speaks TLS would wait for an answer, so do not wait for an end of the
-        # line if it cannot become valid.
+        # Wait for the end of the line only while it can become valid. A client that speaks TLS
+        # does not send one before it gets an answer.
         while (
             b"\n" not in received
             and len(received) <= MAX_REQUEST_LINE
@@ -2254,8 +2262,8 @@ def take_chunked_body(received: bytearray) -> Steps:
 # into a queue and writes a byte to a socket pair, which wakes the selector.
 #
 # The I/O thread computes the responses to several requests first, and then sends them
-# together. The first response wakes the client, which takes longer than to send it. A client
-# with many connections is then woken once for all of them.
+# together. To wake a client costs more than to send to it, and a client with many
+# connections is woken only once this way.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2284,11 +2292,11 @@ MAX_LOGGED = 512  # bytes of a request line in the log
 
 _CLOSE = re.compile(r"(?i)(^|,)[ \t]*close[ \t]*(,|$)")  # RFC 9112 9.3
 _CHUNKED = ("Transfer-Encoding", "chunked")
-# What a connection waits for. A `yield` without a value stands for READ. `yield NOTHING` waits
+# What a connection waits for. A `yield` without a value stands for READ. `yield NO_EVENT` waits
 # until the deadline.
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-NOTHING = 0
+NO_EVENT = 0
 LATER = object()
 
 
@@ -2457,7 +2465,7 @@ class Server(socketserver.TCPServer):
                 # The client has gone.
                 continue
             except OSError:
-                # No file descriptor is left.
+                # No file descriptor is left. Without a pause, this would be tried again at once.
                 if not self._make_room():
                     time.sleep(ACCEPT_PAUSE)
                 return
@@ -2470,14 +2478,14 @@ class Server(socketserver.TCPServer):
             self.connections[connection] = None
             connection.resume()
             if is_full:
-                # To make room for another one could close a connection whose request has arrived
-                # but was not read yet. Read first.
+                # Read before more connections are closed to make room: their requests may have
+                # arrived.
                 return
 
     def _make_room(self) -> bool:
-        """Close the connection that has waited longest for its client.
+        """Close the connection that has waited longest for its client or in a pause.
 
-        Return False if no connection waits for its client.
+        Return False if there is no such connection.
         """
         waiting = (each for each in self.connections if each.deadline < math.inf)
         longest = next(waiting, None)
@@ -2503,7 +2511,7 @@ def format_times(second: int) -> tuple[str, str]:
 class Connection:
     """One connection and its requests: see the theory of operation.
 
-    The deadline is infinite while the connection does not wait for its client.
+    The deadline is infinite while the connection waits for a worker, or for its turn to send.
     """
 
     def __init__(self, server: Server, client: socket.socket, address: str) -> None:
@@ -2517,7 +2525,7 @@ class Connection:
         self.is_last_request = False
         self.deadline = math.inf
         # The events that the selector watches.
-        self._events = NOTHING
+        self._events = NO_EVENT
         self._steps = self._serve()
 
     def resume(self, result: object = None) -> None:
@@ -2535,13 +2543,13 @@ class Connection:
                 self.server.senders[self] = None
             elif callable(wanted):
                 self.deadline = math.inf
-                self._watch(NOTHING)
+                self._watch(NO_EVENT)
                 self.server.submit(wanted, self)
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
-            # An OSError is a lost connection. An HTTPError, which is not logged, is a client
-            # that closed or was idle between requests.
+            # An OSError is a lost connection. An HTTPError is a client that closed, was idle, or
+            # stopped reading; report_error does not log it.
             if not isinstance(error, OSError):
                 report_error(error, self.server.base_environ)
             self.close()
@@ -2551,7 +2559,7 @@ class Connection:
         self.server.connections.pop(self, None)
         self._steps.close()
         with contextlib.suppress(OSError, ValueError, KeyError):
-            self._watch(NOTHING)
+            self._watch(NO_EVENT)
         with contextlib.suppress(OSError):
             self.socket.close()
 
@@ -2580,7 +2588,7 @@ class Connection:
             return
         previous = self._events
         # If register() fails, the socket must not be unregistered later.
-        self._events = NOTHING
+        self._events = NO_EVENT
         if previous:
             self.server.selector.unregister(self.socket)
         if events:
@@ -2639,7 +2647,7 @@ class Connection:
             self.deadline = time.monotonic() + RETRY_PAUSE
             # The HTTPError of the deadline ends the pause.
             with contextlib.suppress(HTTPError):
-                yield NOTHING
+                yield NO_EVENT
 
     def _run_application(self, environ: WSGIEnvironment) -> WSGIResponse:
         started: list[Any] = []
@@ -2847,6 +2855,7 @@ def _add_commands(parser: argparse.ArgumentParser, database_help: str) -> Any:
     )
     backup.add_argument("path", metavar="PATH", help="a new file")
     backup.set_defaults(run=_backup)
+    # Without SUPPRESS, a default would replace a --database that stands before the command.
     for command in (initialise, backup):
         command.add_argument("--database", default=argparse.SUPPRESS, help=database_help)
     return commands

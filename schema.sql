@@ -1,4 +1,4 @@
--- The one table of profiler. An id is never used again; two emails that differ only in case are one.
+-- The one table of profiler. An id is never used again; emails that differ only in the case of ASCII letters are one.
 CREATE TABLE IF NOT EXISTS "user" (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     first_name TEXT NOT NULL,

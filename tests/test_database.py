@@ -633,6 +633,19 @@ def test_close_does_not_wait_for_a_stalled_statement(application, stalled_search
     assert call(application, path="/users/3/").status == 200
 
 
+def test_close_waits_for_all_connections_together(users, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(profiler.time, "monotonic", lambda: clock[0])
+
+    def time_out(slot, timeout):
+        clock[0] += timeout
+        return False
+
+    monkeypatch.setattr(profiler.ConnectionSlot, "enter_within", time_out)
+    users.close()
+    assert clock == [profiler.CLOSE_TIMEOUT]
+
+
 # -- threads that must not wait --------------------------------------------------------
 
 
