@@ -92,8 +92,7 @@ __version__ = "2.0.0"
 
 # -- configuration ---------------------------------------------------------------------
 # Defaults, and the limits that clients and operators meet. Other limits stand at the head
-# of the section that uses them. Patterns are compiled if most requests use them; re keeps
-# the others.
+# of the section that uses them.
 
 HOST = "127.0.0.1"  # Flask's default, as in the tutorial
 PORT = 5000  # Flask's default, as in the tutorial
@@ -110,8 +109,8 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on a page by default; to read a longer one takes long
-BATCH = 500  # users in a part of a streamed list, and by default on a page of ?q=
+SHORT_PAGE = 100  # users on a page by default; longer pages are read in a worker thread
+BATCH = 500  # users in a part of a streamed list; for ?q=, also the default of a page
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -269,7 +268,7 @@ def _normalise(password: str) -> bytes:
 # it runs inside a transaction, and the fork would wait for this transaction forever.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
-RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock of another process
+RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock
 WAL_TIMEOUT = 1.0  # seconds to try to switch a file to WAL mode
 CLOSE_TIMEOUT = 1.0  # seconds to wait for a running statement when closing
 RETRY_AFTER = 1  # seconds, for the header Retry-After
@@ -396,7 +395,7 @@ class ConnectionSlot(CapacityLimiter):
 
     def __init__(self, max_waiting: int = sys.maxsize) -> None:
         self.connection: sqlite3.Connection | None = None
-        # The thread that forks, while it has entered.
+        # The id of the thread that has entered because it forks, or 0.
         self._forking_thread = 0
         super().__init__("the database", BUSY_TIMEOUT, max_waiting=max_waiting)
 
@@ -445,13 +444,14 @@ class Database:
         self.location = os.path.realpath(path)
         self._wal_paths = [self.location + "-wal", self.location + "-shm"]
         self.created_table = False
-        # The file in use (device and inode), its journal mode, and its -wal and -shm files.
-        self._file: tuple[int, int] | None = None
+        # The file in use, whether it is in WAL mode, and its -wal and -shm files.
+        self._file_identity: tuple[int, int] | None = None
         self.is_wal = False
-        self._wal_files: list[tuple[int, int] | None] = []
+        self._wal_identities: list[tuple[int, int] | None] = []
         # The folder's time of change (st_mtime_ns) at the last look at these files.
         self._folder_time = 0
-        # No connection is opened in "backup". A backup enters it so that a fork waits for it.
+        # The slot "backup" keeps no connection. A backup enters it so that forks, and other
+        # backups, wait for its end.
         self.slots = {"write": ConnectionSlot(), "backup": ConnectionSlot()}
 
     def read(self, kind: str, statement: str, parameters: Any = ()) -> list[Any]:
@@ -503,7 +503,9 @@ class Database:
         an empty file would be created in place of one that was moved, and what is written to a
         deleted file would be lost.
         """
-        is_lost = self._file is not None and self._file != _identify(self.location)
+        is_lost = self._file_identity is not None and self._file_identity != _identify(
+            self.location
+        )
         if is_lost or (self.is_wal and self._has_lost_wal_files()):
             raise Unavailable(
                 "the file or its -wal file was moved, replaced or deleted: put it back, or restart"
@@ -518,9 +520,9 @@ class Database:
         if is_unchanged and all(os.access(path, os.F_OK) for path in self._wal_paths):
             return False
         # SQLite itself deletes both when the last connection is closed, and creates new ones
-        # later. So a difference is a loss only if a connection was open during the whole look.
+        # later. So a difference is a loss only if a connection is open before and after this.
         files = [_identify(path) for path in self._wal_paths]
-        is_lost = is_open and files != self._wal_files and self._is_open()
+        is_lost = is_open and files != self._wal_identities and self._is_open()
         if not is_lost:
             self._folder_time = folder_time
         return is_lost
@@ -548,7 +550,7 @@ class Database:
 
         :raises OSError: if the new file exists or cannot be written, or the database cannot
             be read
-        :raises Unavailable: if the database was moved or deleted
+        :raises Unavailable: if the database was moved or deleted, or another backup is running
         """
         folder, name = os.path.split(path)
         path = os.path.join(os.path.realpath(folder), name)
@@ -614,10 +616,11 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._file = self._file or _identify(self.location)
-        # The record has no -wal file if an earlier connection could not switch to WAL mode.
-        if not self._is_open() or None in self._wal_files:
-            self._wal_files = [_identify(path) for path in self._wal_paths]
+        self._file_identity = self._file_identity or _identify(self.location)
+        # The first connection finds these files. If it could not switch to WAL mode, it found
+        # None, and a later one finds them.
+        if not self._is_open() or None in self._wal_identities:
+            self._wal_identities = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
         return connection
 
@@ -730,7 +733,7 @@ def _execute(
     parameters: Any = (),
     timeout: float | None = None,
 ) -> sqlite3.Cursor:
-    """Execute a statement. While another process holds the lock, try again.
+    """Execute a statement. While another connection holds the lock, try again.
 
     Give up after `timeout` seconds, by default BUSY_TIMEOUT. Raise sqlite3.Error.
     """
@@ -789,8 +792,8 @@ def _sync(path: str, flags: int) -> None:
 def _publish(old: str, new: str) -> None:
     """Give a file a new name. The old name may stay.
 
-    Raise OSError, and FileExistsError if there is a file of the new name. A file system without
-    links replaces such a file: callers look for it before.
+    Raise OSError, and FileExistsError if a file has the new name. Without links (FAT), that file
+    is replaced, so the caller must look first.
     """
     try:
         # link() fails if there is a file of that name, rename() would replace it.
@@ -849,9 +852,9 @@ class Storage(Protocol):
 
     @property
     def short_reads_may_wait(self) -> bool:
-        """True if get, ping, or a page of at most SHORT_PAGE users, may have to wait.
+        """True if a short read may have to wait.
 
-        The page is one without `email` and `text`.
+        That is get, ping, or page without `email` and `text` for at most SHORT_PAGE users.
         """
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
@@ -948,8 +951,9 @@ class Failures:
     def check(self, account: int | bytes, is_final: bool = False) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait.
 
-        :param is_final: True after a password was verified: the result decides. False before
-            that: the check only avoids a needless hash, and a subclass may return 0 instead.
+        :param is_final: False before a password is verified. This check only avoids a needless
+            hash, and a subclass may leave it out and return 0. True after a password was
+            verified. This check must be exact. Here both are.
         """
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
@@ -1296,10 +1300,10 @@ class Accounts:
     def create(self, first_name: str, last_name: str, email: str, password: str) -> int:
         """Store a new user.
 
-        :param first_name: at most 255 characters, without control characters
+        :param first_name: at most 255 characters, without control characters, not blank
         :param last_name: the same
         :param email: an address of at most 254 characters
-        :param password: at most 1,024 characters, without NUL
+        :param password: at most 1,024 characters, without NUL, not blank
         :return: the id
         :raises InvalidField: if a value is not allowed
         :raises EmailTaken: if another user has the email
@@ -1392,10 +1396,10 @@ class Accounts:
         check_field("new_password", new_password)
         while True:
             found = self.users.find_credentials(user_id)
-            if found is None:
+            # An email finds a user, too, but is no id.
+            if found is None or found[0] != user_id:
                 raise NoSuchUser
-            # The id, if the caller has passed an email instead.
-            user_id, password_hash = found
+            password_hash = found[1]
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
@@ -1750,7 +1754,10 @@ def get_health(accounts: Accounts, environ: WSGIEnvironment) -> Response:
 
 
 def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
-    """Return 200 with the page or the OpenAPI document, or 404 if it is not installed."""
+    """Return 200 with the page or the OpenAPI document, or 404 if it is not installed.
+
+    Return 308 for the page at /mount, where the service is mounted.
+    """
     path = environ.get("PATH_INFO")
     name, media_type = FILES[path or "/"]
     try:
@@ -1758,7 +1765,7 @@ def get_file(accounts: Accounts, environ: WSGIEnvironment) -> Response:
     except OSError:
         raise HTTPError(404, NOTHING_HERE) from None
     if not path:
-        # The page's links are relative to /mount/, and would be wrong at /mount.
+        # The page's links are relative to /mount/. At /mount they would be wrong.
         return 308, b"", (("Content-Type", media_type), ("Location", _make_path(environ)))
     return 200, content, (("Content-Type", media_type),)
 
@@ -1801,7 +1808,7 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 
 def may_take_long(environ: WSGIEnvironment) -> bool:
-    """Return True for a GET whose response takes long to begin, or may wait for such others."""
+    """Return True for a GET that is slow to begin, or waits for the connection of slow ones."""
     if not environ.get("QUERY_STRING") or environ["PATH_INFO"].rstrip("/") != "/users":
         return False
     try:
@@ -1837,9 +1844,10 @@ def _make_path(environ: WSGIEnvironment, rest: str = "") -> str:
 # The WSGI callable (PEP 3333), and one table from exception to response, which the server
 # uses, too.
 
-# An empty message stands for the exception's own. Any other exception is a bug.
+# An empty message stands for the exception's own. The last row is for bugs.
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidField: (400, ""),
+    # The status of the tutorial
     EmailTaken: (400, "This email is already registered"),
     NoSuchUser: (404, "Invalid user id"),
     WrongPassword: (403, "Wrong email or password"),
@@ -1945,7 +1953,7 @@ class Application:
         and browsers would send its requests here. The clients of a proxy on this machine cannot be
         told from the machine itself: behind a proxy, set a token.
         """
-        # With a Unix socket, the address is empty.
+        # With a Unix socket, the address is empty. Browsers always send a Host.
         address = environ.get("REMOTE_ADDR") or "127.0.0.1"
         if not _is_loopback(address, environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
@@ -2183,12 +2191,12 @@ def _cut(received: bytearray, size: int) -> bytes:
 def take_head(received: bytearray) -> Steps:
     """Take a request head. Of one that is too long, take MAX_HEAD + 1 bytes.
 
-    While the head is incomplete, raise HTTPError as soon as its request line cannot become
-    valid: 400, 414, 505. parse_head checks a complete head.
+    Raise HTTPError for an invalid request line: 400, 414, 505. parse_head checks a head that
+    has arrived as a whole.
     """
     if not received.endswith(b"\r\n\r\n"):
-        # Wait for the end of the line only while it can become valid. A client that speaks TLS
-        # does not send one before it gets an answer.
+        # Wait for the end of the line only if this may be one. A client that speaks TLS sends
+        # none before it gets an answer.
         while (
             b"\n" not in received
             and len(received) <= MAX_REQUEST_LINE
@@ -2341,8 +2349,8 @@ class Server(socketserver.TCPServer):
         self.senders: dict[Connection, None] = {}
         self.max_connections = _find_max_connections()
         self.selector = selectors.DefaultSelector()
-        self._workers = 0
-        self._unfinished = 0
+        self._worker_count = 0
+        self._unfinished_count = 0
         self._next_check = 0.0
         # A job is a function, and the connection to resume with its result.
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Connection]] = (
@@ -2393,12 +2401,12 @@ class Server(socketserver.TCPServer):
         If not even one worker can be started, resume it with Busy. Otherwise the function waits
         until a worker is free.
         """
-        if self._workers < min(self._unfinished + 1, WORKERS):
+        if self._worker_count < min(self._unfinished_count + 1, WORKERS):
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._work, daemon=True).start()
-                self._workers += 1
-        if self._workers:
-            self._unfinished += 1
+                self._worker_count += 1
+        if self._worker_count:
+            self._unfinished_count += 1
             self._jobs.put((function, connection))
         else:
             connection.resume(Busy("no worker thread could be started"))
@@ -2422,7 +2430,7 @@ class Server(socketserver.TCPServer):
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(RECEIVE_SIZE)
         while not self._finished.empty():
-            self._unfinished -= 1
+            self._unfinished_count -= 1
             connection, result = self._finished.get()
             connection.resume(result)
 
@@ -2478,8 +2486,8 @@ class Server(socketserver.TCPServer):
             self.connections[connection] = None
             connection.resume()
             if is_full:
-                # Read before more connections are closed to make room: their requests may have
-                # arrived.
+                # First read what has arrived on the connections. Otherwise one with an unread
+                # request could be closed for the next client.
                 return
 
     def _make_room(self) -> bool:
@@ -2539,6 +2547,7 @@ class Connection:
             else:
                 wanted = self._steps.send(result)
             if wanted is LATER:
+                # Until then, _handle_event ignores events. Not to watch them would take longer.
                 self.deadline = math.inf
                 self.server.senders[self] = None
             elif callable(wanted):

@@ -317,11 +317,13 @@ def test_users_whose_emails_differ_in_case_only_log_in_with_their_own_passwords(
     assert verify(application, "password of a@b.c", "a@B.c").json == {"id": 1}
 
 
-def test_change_of_a_password_by_email_ends(accounts):
-    """It would hash for ever if it looked for a user with this id."""
+def test_email_is_no_id_for_a_change_of_password(accounts):
     user_id = accounts.create("Harry", "Potter", EMAIL, "1234")
-    accounts.change_password(EMAIL, "1234", "5678")
-    assert accounts.verify(EMAIL, "5678") == user_id
+    with pytest.raises(profiler.NoSuchUser):
+        accounts.change_password(EMAIL, "1234", "5678")
+    with pytest.raises(profiler.NoSuchUser):
+        accounts.reset_password(EMAIL, "5678")
+    assert accounts.verify(EMAIL, "1234") == user_id
 
 
 # -- commands --------------------------------------------------------------------------
