@@ -19,7 +19,7 @@ Copy:   this file and schema.sql are all you need, in one folder, with Python 3.
 
 The service keeps accounts and checks passwords. It has no sessions and no roles, and it
 sends no email. It reimplements the service of "Building REST APIs with Python and
-Flask", part 2, by Tony J, and keeps its paths, fields, messages, table and file:
+Flask", part 2, by Tony J, and keeps its paths, fields, messages, statuses and database:
 tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2
 """
 
@@ -257,10 +257,10 @@ def _normalise(password: str) -> bytes:
 # -- database --------------------------------------------------------------------------
 # One SQLite file with one table. Theory of operation: the threads of a process share a few
 # connections, one for each kind of statement. A lock lets one thread at a time use a
-# connection. With a connection for each thread the rate was 0.88 to 1.17 times as high. No
-# transaction stays open after a read. A write is a short transaction that takes the write
-# lock first (BEGIN IMMEDIATE). Text is returned as bytes, because it goes straight into
-# responses.
+# connection. A connection for each thread was tried: it served 0.88 to 1.17 times as many
+# requests per second. No transaction stays open after a read. A write is a short
+# transaction that takes the write lock first (BEGIN IMMEDIATE). Text is returned as bytes,
+# because it goes straight into responses.
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
 # Afterwards both processes open new ones. A fork waits for the statements, transactions and
@@ -450,8 +450,8 @@ class Database:
         self._wal_identities: list[tuple[int, int] | None] = []
         # The folder's time of change (st_mtime_ns) at the last look at these files.
         self._folder_time = 0
-        # The slot "backup" keeps no connection. A backup enters it so that forks, and other
-        # backups, wait for its end.
+        # One for each kind of statement. Subclasses add those for reads. "backup" has no
+        # connection: a backup enters it so that a fork waits for the backup.
         self.slots = {"write": ConnectionSlot(), "backup": ConnectionSlot()}
 
     def read(self, kind: str, statement: str, parameters: Any = ()) -> list[Any]:
@@ -512,7 +512,7 @@ class Database:
             )
 
     def _has_lost_wal_files(self) -> bool:
-        is_open = self._is_open()
+        was_open = self._is_open()
         # Look at the files only after a change of the folder, or if one is missing: on Linux
         # 6.18 a commit that follows a stat() of the -wal file takes 40 us longer to sync.
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
@@ -520,9 +520,9 @@ class Database:
         if is_unchanged and all(os.access(path, os.F_OK) for path in self._wal_paths):
             return False
         # SQLite itself deletes both when the last connection is closed, and creates new ones
-        # later. So a difference is a loss only if a connection is open before and after this.
+        # later. So they are lost only if a connection was open before, and still is.
         files = [_identify(path) for path in self._wal_paths]
-        is_lost = is_open and files != self._wal_identities and self._is_open()
+        is_lost = was_open and files != self._wal_identities and self._is_open()
         if not is_lost:
             self._folder_time = folder_time
         return is_lost
@@ -550,7 +550,8 @@ class Database:
 
         :raises OSError: if the new file exists or cannot be written, or the database cannot
             be read
-        :raises Unavailable: if the database was moved or deleted, or another backup is running
+        :raises Unavailable: if the database was moved or deleted
+        :raises Busy: if other backups take longer than BUSY_TIMEOUT
         """
         folder, name = os.path.split(path)
         path = os.path.join(os.path.realpath(folder), name)
@@ -617,8 +618,8 @@ class Database:
             connection.close()
             raise
         self._file_identity = self._file_identity or _identify(self.location)
-        # The first connection finds these files. If it could not switch to WAL mode, it found
-        # None, and a later one finds them.
+        # Remember these files when the first connection is opened. If it could not switch to WAL
+        # mode, they did not exist (None): look again.
         if not self._is_open() or None in self._wal_identities:
             self._wal_identities = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
@@ -686,7 +687,7 @@ class Database:
     def _translate(self, error: sqlite3.Error) -> Exception:
         """Return Busy or Unavailable for an operational error, and others unchanged.
 
-        The others are bugs and damaged files.
+        The others are bugs and damaged files. Their traceback is logged.
         """
         if not isinstance(error, sqlite3.OperationalError):
             return error
@@ -840,7 +841,8 @@ class Storage(Protocol):
     """A storage of users. profiler_sqlalchemy.py has another one.
 
     A user is a JSON object in UTF-8, with the members id, first_name, last_name, email and
-    created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are from 1 to MAX_ID, and never used again.
+    created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are from 1 to MAX_ID. The id of a deleted
+    user is not used again.
     Emails are compared ignoring the case of ASCII letters. Any number of threads may call
     the methods. Each of them may also raise Unavailable, or Busy if the same call may
     succeed in a moment; for a damaged database, it raises what its library raises. The
@@ -854,7 +856,7 @@ class Storage(Protocol):
     def short_reads_may_wait(self) -> bool:
         """True if a short read may have to wait.
 
-        That is get, ping, or page without `email` and `text` for at most SHORT_PAGE users.
+        Short reads are get, ping, and page for at most SHORT_PAGE users without email or text.
         """
 
     def find_credentials(self, key: int | str) -> tuple[int, str] | None:
@@ -948,13 +950,12 @@ class Failures:
         # account whose last one is oldest comes first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
-    def check(self, account: int | bytes, is_final: bool = False) -> int:
-        """Return the count. Raise TooManyAttempts if another attempt must wait.
+    def check_early(self, account: int | bytes) -> None:
+        """Raise TooManyAttempts before a password is hashed in vain, if that costs little."""
+        self.check(account)
 
-        :param is_final: False before a password is verified. This check only avoids a needless
-            hash, and a subclass may leave it out and return 0. True after a password was
-            verified. This check must be exact. Here both are.
-        """
+    def check(self, account: int | bytes) -> int:
+        """Return the count. Raise TooManyAttempts if another attempt must wait."""
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
         return count
@@ -1171,6 +1172,8 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
+                # Ids begin at 1 again.
+                self.failures = Failures()
             connection.execute(_CHECK_COLUMNS)
         return self.created_table
 
@@ -1236,7 +1239,7 @@ def check_text(name: str, value: object) -> str:
 def check_field(name: str, value: object) -> str:
     """Return the value of a field if it may be stored. Raise InvalidField.
 
-    The text of a search, `q`, may be blank. Otherwise its rules are those of a name.
+    The rules for `q`, the text of a search, are those for first_name, but it may be blank.
     """
     text = check_text(name, value)
     is_password = name in ("password", "new_password")
@@ -1396,7 +1399,7 @@ class Accounts:
         check_field("new_password", new_password)
         while True:
             found = self.users.find_credentials(user_id)
-            # An email finds a user, too, but is no id.
+            # find_credentials finds users by email, too.
             if found is None or found[0] != user_id:
                 raise NoSuchUser
             password_hash = found[1]
@@ -1436,11 +1439,11 @@ class Accounts:
             # the counts of others out of the memory.
             raise WrongPassword
         failures = self.users.failures
-        failures.check(account)
+        failures.check_early(account)
         is_usable = parse_hash(password_hash) is not None
         is_right = verify_password(password_hash if is_usable else self._dummy_hash, password)
-        # Meanwhile, other attempts may have reached the limit. Then add() and the final check
-        # raise TooManyAttempts, whether this password is right or not.
+        # Meanwhile, other attempts may have reached the limit. Then add() and check() raise
+        # TooManyAttempts, whether this password is right or not.
         if not (is_right and is_usable):
             failures.add(account)
             if is_usable:
@@ -1448,7 +1451,7 @@ class Accounts:
             raise WrongPassword(
                 f"the password hash of user {account!r} is malformed or cannot be verified here"
             )
-        if failures.check(account, is_final=True):
+        if failures.check(account):
             failures.clear(account)
 
 
@@ -1792,7 +1795,7 @@ TOKENLESS_PATHS = "/health/?|/?|/openapi[.]json"
 
 
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
-    """Return the arguments of Storage.page for a query. Raise HTTPError: 400, InvalidField."""
+    """Return the arguments of Storage.page for a query. Raise InvalidField."""
     email = check_text("email", query["email"]) if "email" in query else None
     text = check_field("q", query.get("q", ""))
     limit = BATCH if text else SHORT_PAGE
@@ -1803,12 +1806,12 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
         after = parse_number(query["after"], "after", 0, MAX_ID)
     sort = query.get("sort", "id")
     if sort not in ("id", "-id"):
-        raise HTTPError(400, "sort must be id or -id")
+        raise InvalidField("sort must be id or -id")
     return limit, after, sort == "-id", email, text
 
 
 def may_take_long(environ: WSGIEnvironment) -> bool:
-    """Return True for a GET that is slow to begin, or waits for the connection of slow ones."""
+    """Return True for a GET that begins with another read than a short one: see Storage."""
     if not environ.get("QUERY_STRING") or environ["PATH_INFO"].rstrip("/") != "/users":
         return False
     try:
@@ -1890,7 +1893,7 @@ class Application:
         try:
             response = self._respond(environ)
         except Exception as error:
-            response = report_error(error, environ)
+            response = make_error_response(error, environ)
         status, headers, body = to_wsgi(response)
         start_response(status, headers)
         return (b"",) if environ["REQUEST_METHOD"] == "HEAD" else body
@@ -1953,7 +1956,7 @@ class Application:
         and browsers would send its requests here. The clients of a proxy on this machine cannot be
         told from the machine itself: behind a proxy, set a token.
         """
-        # With a Unix socket, the address is empty. Browsers always send a Host.
+        # With a Unix socket, the address is empty. Clients without a Host are no browsers.
         address = environ.get("REMOTE_ADDR") or "127.0.0.1"
         if not _is_loopback(address, environ.get("HTTP_HOST", "localhost")):
             raise HTTPError(
@@ -2032,7 +2035,7 @@ def create_on_first_use(create: Callable[[], Application]) -> WSGIApplication:
 application = app = create_on_first_use(create_app)
 
 
-def report_error(error: Exception, environ: WSGIEnvironment) -> Response:
+def make_error_response(error: Exception, environ: WSGIEnvironment) -> Response:
     """Return the response for an exception. Log what its client is not told.
 
     That is the traceback of a bug, or a message for the operator.
@@ -2191,12 +2194,13 @@ def _cut(received: bytearray, size: int) -> bytes:
 def take_head(received: bytearray) -> Steps:
     """Take a request head. Of one that is too long, take MAX_HEAD + 1 bytes.
 
-    Raise HTTPError for an invalid request line: 400, 414, 505. parse_head checks a head that
-    has arrived as a whole.
+    Raise HTTPError: 400, 414, 505.
     """
+    # Do not wait for the rest of a head whose request line is invalid. parse_head checks a head
+    # that has arrived as a whole.
     if not received.endswith(b"\r\n\r\n"):
-        # Wait for the end of the line only if this may be one. A client that speaks TLS sends
-        # none before it gets an answer.
+        # Wait for the end of the request line only while it can be valid. A client that speaks
+        # TLS does not send a line.
         while (
             b"\n" not in received
             and len(received) <= MAX_REQUEST_LINE
@@ -2290,7 +2294,7 @@ LOG_INTERVAL = 0.1  # between writes to the log
 LOG_TIMEOUT = 1.0  # for the rest of the log at shutdown
 WORKERS = 256  # threads at most
 MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
-SELECT_FILES = 512  # sockets that select() takes on Windows, which has no better selector
+MAX_SELECT_SOCKETS = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
 SENT_TOGETHER = 32  # at most that many responses are computed before they are sent
@@ -2504,7 +2508,7 @@ class Server(socketserver.TCPServer):
 
 def _find_max_connections() -> int:
     """Return how many connections the limit of open files allows."""
-    files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else SELECT_FILES
+    files = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else MAX_SELECT_SOCKETS
     # -1 stands for no limit.
     return MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
@@ -2547,7 +2551,7 @@ class Connection:
             else:
                 wanted = self._steps.send(result)
             if wanted is LATER:
-                # Until then, _handle_event ignores events. Not to watch them would take longer.
+                # _handle_event ignores events until then. This is faster than _watch(NO_EVENT).
                 self.deadline = math.inf
                 self.server.senders[self] = None
             elif callable(wanted):
@@ -2558,9 +2562,9 @@ class Connection:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
             # An OSError is a lost connection. An HTTPError is a client that closed, was idle, or
-            # stopped reading; report_error does not log it.
+            # stopped reading; make_error_response does not log it.
             if not isinstance(error, OSError):
-                report_error(error, self.server.base_environ)
+                make_error_response(error, self.server.base_environ)
             self.close()
 
     def close(self) -> None:
@@ -2647,7 +2651,7 @@ class Connection:
             self.is_last_request = True
             # For the log, and to recognise HEAD.
             self.head = self.head or bytes(self.received)
-            status, headers, body = to_wsgi(report_error(error, self.server.base_environ))
+            status, headers, body = to_wsgi(make_error_response(error, self.server.base_environ))
             if self.head.startswith(b"HEAD "):
                 body = (b"",)
         yield from self._send_response(status, headers, body)
@@ -2897,7 +2901,7 @@ def run_command(
 
 
 def _run_server(arguments: argparse.Namespace, users: Storage) -> None:
-    """Serve until a signal. Raise ValueError, OSError, Unavailable."""
+    """Serve until a signal. Raise ValueError for a setting, OSError, Unavailable."""
     family, address = _find_address(arguments)
     token = None
     if arguments.token_file is not None:

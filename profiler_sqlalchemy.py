@@ -862,14 +862,16 @@ WHERE account = %s
 """
         self._forget = f"DELETE FROM profiler_failure WHERE account <> %s AND last < {oldest}"
 
-    def check(self, account: Account, is_final: bool = False) -> int:
-        """See profiler.Failures.
+    def check_early(self, account: Account) -> None:
+        """Ask the table only if this process knows of wrong passwords.
 
-        The first check of an attempt asks the table only if this process knows of wrong
-        passwords. So a right one costs one statement more.
+        So an attempt costs one statement, and two after a wrong password.
         """
-        if not is_final and account not in self._counts:
-            return 0
+        if account in self._counts:
+            self.check(account)
+
+    def check(self, account: Account) -> int:
+        """See profiler.Failures."""
         rows = self._try(_fetch, self._select, account)
         if rows is None:
             return super().check(account)
@@ -891,7 +893,7 @@ WHERE account = %s
             if counted is None:
                 raise
         if counted == 0:
-            self.check(account, is_final=True)
+            self.check(account)
 
     def clear(self, account: Account) -> None:
         """See profiler.Failures."""

@@ -1507,7 +1507,7 @@ def test_wrong_passwords_are_found_by_the_primary_key(postgresql_server, mariadb
         url = server.make_database()
         with make_app(url) as application:
             failures = application.users.failures
-            failures.check(1, is_final=True)
+            failures.check(1)
             values = ", ".join(f"('{number}', 1, 9e9)" for number in range(3000))
             server.execute(f"INSERT INTO profiler_failure VALUES {values}", database_of(url))
             server.execute(
@@ -1552,7 +1552,7 @@ def test_count_ends_at_the_limit_until_a_minute_has_passed(application, advance)
     with pytest.raises(profiler.TooManyAttempts):
         failures.check(b"a@x")
     failures.clear(b"a@x")
-    assert failures.check(b"a@x", is_final=True) == 0
+    assert failures.check(b"a@x") == 0
 
 
 def test_password_that_another_process_has_reset_is_right_at_once(url, application):
@@ -1602,7 +1602,7 @@ def test_table_of_wrong_passwords_may_be_created_later(server, url, application,
     with make_app(server.allow(url)) as limited:
         for _ in range(5):
             verify(limited, "wrong")
-        application.users.failures.check(1, is_final=True)
+        application.users.failures.check(1)
         server.execute(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON "
             + ("" if isinstance(server, PostgreSQL) else f"{database_of(url)}.")
@@ -1611,14 +1611,14 @@ def test_table_of_wrong_passwords_may_be_created_later(server, url, application,
         )
         assert_limited(limited)
     with pytest.raises(profiler.TooManyAttempts):
-        application.users.failures.check(1, is_final=True)
+        application.users.failures.check(1)
 
 
 def test_on_a_read_only_server_wrong_passwords_are_counted_in_memory(
     server, url, application, caplog
 ):
     post(application)
-    application.users.failures.check(1, is_final=True)
+    application.users.failures.check(1)
     if isinstance(server, PostgreSQL):
         name = database_of(url)
         server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")

@@ -329,6 +329,17 @@ def test_email_is_no_id_for_a_change_of_password(accounts):
 # -- commands --------------------------------------------------------------------------
 
 
+def test_new_table_starts_without_wrong_passwords(application, users):
+    """Its ids begin at 1 again."""
+    assert post(application).status == 201
+    for _ in range(profiler.MAX_FAILURES):
+        assert verify(application, "wrong").status == 403
+    assert verify(application).status == 429
+    users.initialise(force=True)
+    assert post(application).status == 201
+    assert verify(application).status == 200
+
+
 def test_initialise_returns_whether_it_created_the_table(users, path):
     assert [users.initialise() for _ in range(2)] == [True, False]
     users.close()
