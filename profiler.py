@@ -2453,9 +2453,11 @@ class Server(socketserver.TCPServer):
 
     def _handle_events(self, timeout: float) -> None:
         """Resume the connections that have an event, then those whose turn it is."""
-        for key, events in self.selector.select(timeout):
+        for number, (key, events) in enumerate(self.selector.select(timeout), 1):
             key.data(events)
-            if len(self.senders) >= SENT_TOGETHER:
+            # Connections that send several requests at once are among the senders at each turn.
+            # So this is a number of events, not of senders.
+            if number % SENT_TOGETHER == 0:
                 self._resume_senders()
         self._resume_senders()
 

@@ -1082,6 +1082,27 @@ def test_pipelined_requests_do_not_hold_up_others(application):
     assert gate.paths.index("/other") - gate.paths.index("/gate") <= 3
 
 
+def test_many_clients_that_pipeline_do_not_hold_up_others(application):
+    """Their responses fill every group that is sent together."""
+    gate = Gate(application)
+    with serving(gate) as server, contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(connected(server)) for _ in range(40)]
+        others = [stack.enter_context(connected(server)) for _ in range(10)]
+        for connection in (*greedy, *others):
+            assert ask(connection).status == 200
+        with held_up(server, gate):
+            for connection in greedy:
+                connection.sendall(get(b"/greedy") * 20)
+            for connection in others:
+                connection.sendall(get(b"/other"))
+        for connection in others:
+            assert answer(connection).status == 404
+        for connection in greedy:
+            assert {response.status for response in answers(connection, *["GET"] * 20)} == {404}
+    last = max(index for index, path in enumerate(gate.paths) if path == "/other")
+    assert gate.paths[:last].count("/greedy") <= 4 * 40
+
+
 def test_logins_that_wait_for_a_core_leave_workers_for_writes(one_core_server, slow_hash):
     with contextlib.ExitStack() as stack:
         logins = [stack.enter_context(connected(one_core_server)) for _ in range(300)]
