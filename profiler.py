@@ -19,7 +19,7 @@ Copy:   this file and schema.sql are all you need, in one folder, with Python 3.
 
 The service keeps accounts and checks passwords. It has no sessions and no roles, and it
 sends no email. It reimplements the service of "Building REST APIs with Python and
-Flask", part 2, by Tony J, and keeps its paths, fields, messages, statuses and database:
+Flask", part 2, by Tony J, and keeps its name, paths, fields, messages and database:
 tonyj.me/blog/building-rest-apis-with-python-and-flask-part-2
 """
 
@@ -109,8 +109,10 @@ MAX_EMAIL = 254  # characters: RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_PASSWORD = 1024  # characters
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_LIMIT = 1000  # users on a page
-SHORT_PAGE = 100  # users on a page by default; longer pages are read in a worker thread
-BATCH = 500  # users in a part of a streamed list; for ?q=, also the default of a page
+# A list of all users is streamed in parts. The first part is short, so that no worker thread
+# is needed for most lists.
+SHORT_PAGE = 100  # users in the first part, and by default on a page
+BATCH = 500  # users in the other parts, and by default on a page of ?q=
 
 # \d would match other digits, too. int() takes at most 4,300 digits.
 DIGITS = re.compile("[0-9]{1,4000}")
@@ -178,7 +180,7 @@ def verify_password(password_hash: str, password: str) -> bool:
         password matches a hash that is malformed, unsupported or too costly.
     :param password: any text. One that `hash_password` refuses never matches.
     """
-    # str(), because a caller may pass what a table without types has: None, or a number.
+    # str(), because the column that a caller has read may contain NULL or a number.
     parsed = parse_hash(str(password_hash))
     if parsed is None:
         return False
@@ -395,7 +397,7 @@ class ConnectionSlot(CapacityLimiter):
 
     def __init__(self, max_waiting: int = sys.maxsize) -> None:
         self.connection: sqlite3.Connection | None = None
-        # The id of the thread that has entered because it forks, or 0.
+        # The id of the thread that has entered because it forks. Only the parent uses it.
         self._forking_thread = 0
         super().__init__("the database", BUSY_TIMEOUT, max_waiting=max_waiting)
 
@@ -513,7 +515,7 @@ class Database:
 
     def _has_lost_wal_files(self) -> bool:
         was_open = self._is_open()
-        # Look at the files only after a change of the folder, or if one is missing: on Linux
+        # Call stat() only after a change of the folder, or if access() finds no file: on Linux
         # 6.18 a commit that follows a stat() of the -wal file takes 40 us longer to sync.
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
         is_unchanged = folder_time == self._folder_time
@@ -592,7 +594,7 @@ class Database:
     def _connect(self, slot: ConnectionSlot) -> sqlite3.Connection:
         """Open the file. Create the file and the table if they do not exist.
 
-        Raise sqlite3.Error, Unavailable, OSError.
+        Raise sqlite3.Error, Unavailable.
         """
         self.check_files()
         if not os.path.exists(self.location):
@@ -950,15 +952,18 @@ class Failures:
         # account whose last one is oldest comes first.
         self._counts: dict[int | bytes, tuple[int, float]] = {}
 
-    def check_early(self, account: int | bytes) -> None:
-        """Raise TooManyAttempts before a password is hashed in vain, if that costs little."""
-        self.check(account)
-
     def check(self, account: int | bytes) -> int:
         """Return the count. Raise TooManyAttempts if another attempt must wait."""
         count, last = self._counts.get(account, (0, 0.0))
         check_failure_count(count, time.monotonic() - last)
         return count
+
+    def check_early(self, account: int | bytes) -> None:
+        """Do the same before a password is hashed, so that none is hashed in vain.
+
+        A subclass may leave this out where it takes long.
+        """
+        self.check(account)
 
     def add(self, account: int | bytes) -> None:
         """Add one to the count, or raise TooManyAttempts."""
@@ -1387,7 +1392,7 @@ class Accounts:
     ) -> None:
         """Replace a user's password if the old one is right.
 
-        :param new_password: at most 1,024 characters, without NUL
+        :param new_password: at most 1,024 characters, without NUL, not blank
         :param guard: a check inside the transaction: see Guard
         :raises InvalidField: if the new password is not allowed, or the old one is no text, or
             contains NUL or a lone surrogate
@@ -1398,11 +1403,7 @@ class Accounts:
         check_text("old_password", old_password)
         check_field("new_password", new_password)
         while True:
-            found = self.users.find_credentials(user_id)
-            # find_credentials finds users by email, too.
-            if found is None or found[0] != user_id:
-                raise NoSuchUser
-            password_hash = found[1]
+            password_hash = self._get_password_hash(user_id)
             with self._cores:
                 self._check_password(user_id, password_hash, old_password)
                 new_hash = hash_password(new_password, self.iterations)
@@ -1413,20 +1414,27 @@ class Accounts:
     def reset_password(self, user_id: int, new_password: str, guard: Guard | None = None) -> None:
         """Replace a user's password, whatever it is, and forget wrong passwords.
 
-        :param new_password: at most 1,024 characters, without NUL
+        :param new_password: at most 1,024 characters, without NUL, not blank
         :param guard: a check inside the transaction: see Guard
         :raises InvalidField: if the new password is not allowed
         :raises NoSuchUser: if no user has the id
         """
         check_field("new_password", new_password)
         # Do not hash for a user who does not exist.
-        if self.users.find_credentials(user_id) is None:
-            raise NoSuchUser
+        self._get_password_hash(user_id)
         with self._cores:
             new_hash = hash_password(new_password, self.iterations)
         if not self.users.replace_password_hash(user_id, None, new_hash, guard):
             raise NoSuchUser
         self.users.failures.clear(user_id)
+
+    def _get_password_hash(self, user_id: int) -> str:
+        """Return the password hash of the user with an id. Raise NoSuchUser."""
+        found = self.users.find_credentials(user_id)
+        # A caller may have passed an email, which finds a user, too.
+        if found is None or found[0] != user_id:
+            raise NoSuchUser
+        return found[1]
 
     def _check_password(self, account: int | bytes, password_hash: str, password: str) -> None:
         """Return if the password is right, and count it if it is wrong.
@@ -1811,7 +1819,10 @@ def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, st
 
 
 def may_take_long(environ: WSGIEnvironment) -> bool:
-    """Return True for a GET that begins with another read than a short one: see Storage."""
+    """Return True for a GET whose first read is no short read (see Storage).
+
+    The server runs the other reads of a streamed list in worker threads, anyway.
+    """
     if not environ.get("QUERY_STRING") or environ["PATH_INFO"].rstrip("/") != "/users":
         return False
     try:
@@ -1847,10 +1858,10 @@ def _make_path(environ: WSGIEnvironment, rest: str = "") -> str:
 # The WSGI callable (PEP 3333), and one table from exception to response, which the server
 # uses, too.
 
-# An empty message stands for the exception's own. The last row is for bugs.
+# An empty message stands for the exception's own. The last row is for bugs. The statuses are
+# those of the tutorial, where it has one.
 ERRORS: dict[type[Exception], tuple[int, str]] = {
     InvalidField: (400, ""),
-    # The status of the tutorial
     EmailTaken: (400, "This email is already registered"),
     NoSuchUser: (404, "Invalid user id"),
     WrongPassword: (403, "Wrong email or password"),
@@ -2297,7 +2308,7 @@ MAX_CONNECTIONS = 20_000  # fewer if the limit of open files is lower
 MAX_SELECT_SOCKETS = 512  # sockets that select() takes on Windows, which has no better selector
 RESERVED_FILES = 32  # file descriptors for the database, the log and the like
 ACCEPTS = 32  # connections accepted in a round
-SENT_TOGETHER = 32  # at most that many responses are computed before they are sent
+EVENTS_PER_TURN = 32  # events that are handled before the responses to them are sent
 RECEIVE_SIZE = 64 * 1024  # bytes per read
 MAX_PENDING = 10_000  # log entries that wait to be written
 MAX_LOGGED = 512  # bytes of a request line in the log
@@ -2455,9 +2466,8 @@ class Server(socketserver.TCPServer):
         """Resume the connections that have an event, then those whose turn it is."""
         for number, (key, events) in enumerate(self.selector.select(timeout), 1):
             key.data(events)
-            # Connections that send several requests at once are among the senders at each turn.
-            # So this is a number of events, not of senders.
-            if number % SENT_TOGETHER == 0:
+            # Do not count senders: clients that pipeline may be senders all the time.
+            if number % EVENTS_PER_TURN == 0:
                 self._resume_senders()
         self._resume_senders()
 
@@ -2649,6 +2659,7 @@ class Connection:
                 self.is_last_request = True
             if is_http_1_1 and not isinstance(body, tuple):
                 headers.append(_CHUNKED)
+        # Unavailable means here that submit() could start no worker.
         except (HTTPError, Unavailable) as error:
             self.is_last_request = True
             # For the log, and to recognise HEAD.
