@@ -1805,7 +1805,7 @@ TOKENLESS_PATHS = "/health/?|/?|/openapi[.]json"
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
     """Return the arguments of Storage.page for a query. Raise InvalidField."""
     email = check_text("email", query["email"]) if "email" in query else None
-    text = check_field("q", query.get("q", ""))
+    text = check_field("q", query["q"]) if "q" in query else ""
     limit = BATCH if text else SHORT_PAGE
     after = None
     if "limit" in query:
