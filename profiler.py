@@ -1203,15 +1203,16 @@ def _run_guard(connection: sqlite3.Connection, user_id: int, guard: Guard | None
 HASH_TIMEOUT = 10.0  # seconds to wait for a core to hash on
 MAX_WAITING_HASHES = 128  # requests that wait for a core: half of the server's WORKERS
 
-_CONTROL = "[\x00-\x1f\x7f-\x9f]"  # Unicode's category Cc
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Unicode's property Default_Ignorable_Code_Point (DerivedCoreProperties.txt).
 _INVISIBLE = (
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-_BLANK = rf"(?:\s|{_INVISIBLE})*"
-_EMAIL = rf"(?:(?!{_INVISIBLE})[^@\s])+@(?:(?!{_INVISIBLE})[^@\s])+"
+_BLANK = re.compile(rf"(?:\s|{_INVISIBLE})*")
+_EMAIL = re.compile(rf"(?:(?!{_INVISIBLE})[^@\s])+@(?:(?!{_INVISIBLE})[^@\s])+")
 
 
 class WrongPassword(Exception):
@@ -1223,14 +1224,14 @@ class WrongPassword(Exception):
 
 def is_blank(value: object) -> bool:
     """Return True for a text without visible characters."""
-    return isinstance(value, str) and bool(re.fullmatch(_BLANK, value))
+    return isinstance(value, str) and bool(_BLANK.fullmatch(value))
 
 
 def check_text(name: str, value: object) -> str:
     """Return a value if it can be compared with stored ones. Raise InvalidField."""
     if not isinstance(value, str):
         problem = "must be a string"
-    elif re.search("[\ud800-\udfff]", value):
+    elif _SURROGATE.search(value):
         problem = "must not contain a lone surrogate"
     elif "\0" in value:
         # Most fields may not contain any control character, so do not name NUL only.
@@ -1258,9 +1259,9 @@ def check_field(name: str, value: object) -> str:
             "must be a PBKDF2-SHA256 or scrypt hash of Werkzeug, Django or passlib, of moderate "
             "cost: others, such as bcrypt, cannot be verified here"
         )
-    elif not is_password and re.search(_CONTROL, text):
+    elif not is_password and _CONTROL.search(text):
         problem = "must not contain control characters"
-    elif name == "email" and not (len(text) <= MAX_EMAIL and re.fullmatch(_EMAIL, text)):
+    elif name == "email" and not (len(text) <= MAX_EMAIL and _EMAIL.fullmatch(text)):
         problem = (
             f"must be an address such as harry@example.com, of at most {MAX_EMAIL} visible "
             "characters"
@@ -1501,6 +1502,7 @@ _HEADERS = (
 )
 # The values for start_response: `200 OK`.
 _STATUSES = {int(status): f"{status.value} {status.phrase}" for status in HTTPStatus}
+_OTHER_CHARSET = re.compile(";charset=(?!utf-?8(;|$))")
 # Our entity tag, also as compressing proxies change it: W/ in front (nginx), or -gzip before
 # the closing quote (Apache).
 _ENTITY_TAG = re.compile(r'^(?:W/)?("[0-9a-f]{32})(?:-[a-z]+)?"\Z')
@@ -1539,7 +1541,7 @@ def read_object(environ: WSGIEnvironment, *media_types: str) -> dict[str, Any]:
     """
     content_type = re.sub(r'[\s"]', "", environ.get("CONTENT_TYPE", "").lower())
     media_type = content_type.partition(";")[0]
-    has_other_charset = re.search(";charset=(?!utf-?8(;|$))", content_type)
+    has_other_charset = _OTHER_CHARSET.search(content_type)
     if media_type not in ("application/json", *media_types) or has_other_charset:
         raise HTTPError(415, "Send the body as Content-Type: application/json, in UTF-8")
     body = _read_body(environ)
@@ -1799,7 +1801,7 @@ HANDLERS: dict[str, dict[str, Callable[..., Response]]] = {
 }
 ROUTES = [(re.compile(pattern), handlers) for pattern, handlers in HANDLERS.items()]
 # These need no token: health checks and browsers do not send one.
-TOKENLESS_PATHS = "/health/?|/?|/openapi[.]json"
+TOKENLESS_PATHS = re.compile("/health/?|/?|/openapi[.]json")
 
 
 def parse_selection(query: Mapping[str, str]) -> tuple[int, int | None, bool, str | None, str]:
@@ -1872,14 +1874,14 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
 }
 # Some tools keep the quotes around a value (docker run --env-file).
 _TOKEN = re.compile(f"(?![\"'])[!-~]{{{MIN_TOKEN},}}(?<![\"'])")
-_LOOPBACK_HOST = r"(?i)(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?"
+_LOOPBACK_HOST = re.compile(r"(?i)(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?")
 LOOPBACK_ADDRESS = re.compile(r"(::ffff:)?127\.|::1\Z")
 
 
 # Without the cache, a short read would have 8 % more instructions.
 @functools.lru_cache(maxsize=64)
 def _is_loopback(address: str, host: str) -> bool:
-    return bool(LOOPBACK_ADDRESS.match(address) and re.fullmatch(_LOOPBACK_HOST, host))
+    return bool(LOOPBACK_ADDRESS.match(address) and _LOOPBACK_HOST.fullmatch(host))
 
 
 class Application:
@@ -1955,7 +1957,7 @@ class Application:
         # Compare with all tokens, each in constant time.
         count = sum(hmac.compare_digest(given, token) for token in self.tokens)
         is_valid = count > 0 and scheme.lower() == "bearer"
-        if not is_valid and not re.fullmatch(TOKENLESS_PATHS, path):
+        if not is_valid and not TOKENLESS_PATHS.fullmatch(path):
             challenge = ("WWW-Authenticate", "Bearer")
             message = "Send a valid token in the header Authorization: Bearer TOKEN"
             raise HTTPError(401, message, challenge)
@@ -2096,11 +2098,11 @@ _REQUEST_START = re.compile(rf"({_NAME}( [\x21-\x7e\x80-\xff]*( [0-9A-Za-z./]*\r
 # 5.1, 5.2, 2.2; RFC 9110 5.5).
 _FIELD_LINE = re.compile(rf"({_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 # RFC 9112 7.1.2. Trailers are header lines, or none, and an empty line.
-_TRAILERS = rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode()
+_TRAILERS = re.compile(rf"({_FIELD_LINE.pattern}\r\n)*\r\n".encode())
 _TRAILERS_END = re.compile(rb"(\A|\n)\r?\n")
 _LINE_END = re.compile(b"\n")
 # RFC 9112 7.1. Extensions are ignored.
-_CHUNK_LINE = rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 # Bare LFs end a head, too, so that parse_head rejects them without waiting for more.
 HEAD_END = re.compile(rb"\n\r?\n")
 
@@ -2246,7 +2248,7 @@ def take_chunked_body(received: bytearray) -> Steps:
     size = -1
     while size != 0:
         line = yield from take_until(received, _LINE_END, MAX_CHUNK_LINE)
-        match = re.fullmatch(_CHUNK_LINE, line)
+        match = _CHUNK_LINE.fullmatch(line)
         if not match:
             raise HTTPError(
                 400,
@@ -2265,7 +2267,7 @@ def take_chunked_body(received: bytearray) -> Steps:
     # Take up to one byte too many, so that check_head_size notices it.
     trailers = yield from take_until(received, _TRAILERS_END, MAX_HEAD + 1)
     check_head_size(trailers)
-    if not re.fullmatch(_TRAILERS, trailers):
+    if not _TRAILERS.fullmatch(trailers):
         raise HTTPError(400, "Trailers must be lines, `Name: value`, without control characters")
     return bytes(body)
 
