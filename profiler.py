@@ -91,8 +91,8 @@ __all__ = [
 __version__ = "2.0.0"
 
 # -- configuration ---------------------------------------------------------------------
-# Defaults, and the limits that clients and operators meet. Other limits stand at the head
-# of the section that uses them.
+# Defaults, and limits of fields, bodies and pages. Other limits stand at the head of the
+# section that uses them.
 
 HOST = "127.0.0.1"  # Flask's default, as in the tutorial
 PORT = 5000  # Flask's default, as in the tutorial
@@ -266,8 +266,9 @@ def _normalise(password: str) -> bytes:
 #
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
 # Afterwards both processes open new ones. A fork waits for the statements, transactions and
-# backups that are running. Any thread may fork at any time, but a guard (see Guard) must not:
-# it runs inside a transaction, and the fork would wait for this transaction forever.
+# backups that are running. Any thread may fork at any time, with two exceptions. A guard (see
+# Guard) runs inside a transaction, for which the fork would wait forever. And no other thread
+# may be creating a Database.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock
@@ -486,7 +487,7 @@ class Database:
         with slot:
             try:
                 self.check_files()
-                # As a context manager, the connection rolls back what was not committed.
+                # If the block raises, the connection, as a context manager, rolls back.
                 with slot.connection or self._connect(slot) as connection:
                     # Take the write lock first. SQLite refuses at once to turn a read
                     # transaction into a write transaction while another process writes.
@@ -501,7 +502,8 @@ class Database:
     def check_files(self) -> None:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved, replaced or deleted.
 
-        Writes and /health/ check this. For a read, it would cost too much. Without this check,
+        Writes, backups, /health/ and each opening of the file check this. For each read, it would
+        cost too much. Without this check,
         an empty file would be created in place of one that was moved, and what is written to a
         deleted file would be lost.
         """
@@ -515,8 +517,8 @@ class Database:
 
     def _has_lost_wal_files(self) -> bool:
         was_open = self._is_open()
-        # Call stat() only after a change of the folder, or if access() finds no file: on Linux
-        # 6.18 a commit that follows a stat() of the -wal file takes 40 us longer to sync.
+        # Call stat() for the -wal file only if the folder has changed, or access() does not find
+        # it: on Linux 6.18 the next commit takes 40 us longer to sync.
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
         is_unchanged = folder_time == self._folder_time
         if is_unchanged and all(os.access(path, os.F_OK) for path in self._wal_paths):
@@ -620,8 +622,8 @@ class Database:
             connection.close()
             raise
         self._file_identity = self._file_identity or _identify(self.location)
-        # Remember these files when the first connection is opened. If it could not switch to WAL
-        # mode, they did not exist (None): look again.
+        # Remember the -wal and -shm files of the first connection. They are None if it could not
+        # switch to WAL mode. Then look again.
         if not self._is_open() or None in self._wal_identities:
             self._wal_identities = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
@@ -812,7 +814,8 @@ def _publish(old: str, new: str) -> None:
 
 
 # -- users -----------------------------------------------------------------------------
-# The storage: a table of users in SQLite. To write another storage, implement `Storage`.
+# The storage: a table of users in SQLite. To write another storage, implement `Storage`. A
+# storage also counts wrong passwords, so that another one can do that in its database.
 
 MAX_WAITING_SEARCHES = 64  # searches that wait for their turn: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
@@ -1732,7 +1735,7 @@ def update_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> R
 
 
 def delete_user(accounts: Accounts, environ: WSGIEnvironment, user_id: int) -> Response:
-    """Return 204, whether the user existed or not."""
+    """Return 204, whether the user existed or not. An id above MAX_ID is 404 for all methods."""
     accounts.users.delete(user_id, make_guard(environ))
     return 204, None, ()
 
@@ -2188,9 +2191,9 @@ def parse_request_line(head: bytes) -> tuple[WSGIEnvironment, str | None]:
 
 
 def check_head_size(head: bytes) -> None:
-    """Raise HTTPError: 431 for a head that is too long."""
+    """Raise HTTPError: 431 for a head, or for trailers, of too many bytes."""
     if len(head) > MAX_HEAD:
-        raise HTTPError(431, f"Send a head of at most {MAX_HEAD} bytes")
+        raise HTTPError(431, f"Send a head, and trailers, of at most {MAX_HEAD} bytes")
 
 
 def _cut(received: bytearray, size: int) -> bytes:
@@ -2283,8 +2286,8 @@ def take_chunked_body(received: bytearray) -> Steps:
 # The I/O thread also runs short reads, because to hand one to another thread takes longer
 # than the read. Everything that may have to wait runs in a pool of worker threads: writes
 # wait for the disk, logins for a core, searches for a scan of the table. The application
-# says beforehand which requests may wait. A worker touches no socket. It puts its result
-# into a queue and writes a byte to a socket pair, which wakes the selector.
+# says beforehand which requests may wait. A worker touches no client's socket. It puts its
+# result into a queue and writes a byte to a socket pair, which wakes the selector.
 #
 # The I/O thread computes the responses to several requests first, and then sends them
 # together. To wake a client costs more than to send to it, and a client with many
@@ -2468,7 +2471,8 @@ class Server(socketserver.TCPServer):
         """Resume the connections that have an event, then those whose turn it is."""
         for number, (key, events) in enumerate(self.selector.select(timeout), 1):
             key.data(events)
-            # Do not count senders: clients that pipeline may be senders all the time.
+            # Count events, because the number of senders may stay high: a client that pipelines
+            # becomes a sender again as soon as its response is sent.
             if number % EVENTS_PER_TURN == 0:
                 self._resume_senders()
         self._resume_senders()
@@ -2575,8 +2579,8 @@ class Connection:
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
-            # An OSError is a lost connection. An HTTPError is a client that closed, was idle, or
-            # stopped reading; make_error_response does not log it.
+            # An OSError is a lost connection. Otherwise call make_error_response only for its log.
+            # It does not log an HTTPError: a client that closed, was idle, or stopped reading.
             if not isinstance(error, OSError):
                 make_error_response(error, self.server.base_environ)
             self.close()
@@ -2661,7 +2665,7 @@ class Connection:
                 self.is_last_request = True
             if is_http_1_1 and not isinstance(body, tuple):
                 headers.append(_CHUNKED)
-        # Unavailable means here that submit() could start no worker.
+        # The application raises neither. submit() raises Busy if it could start no worker.
         except (HTTPError, Unavailable) as error:
             self.is_last_request = True
             # For the log, and to recognise HEAD.
@@ -2903,6 +2907,7 @@ def run_command(
     arguments = parser.parse_args(argv)
     try:
         with contextlib.closing(open_storage(arguments.database)) as users:
+            # The server is a command, too. It catches the exceptions of its connections itself.
             try:
                 arguments.run(arguments, users)
             except (Unavailable, sqlite3.Error) as error:
