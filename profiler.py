@@ -267,8 +267,9 @@ def _normalise(password: str) -> bytes:
 # Forks: SQLite's locks do not survive a fork, so all connections are closed before it.
 # Afterwards both processes open new ones. A fork waits for the statements, transactions and
 # backups that are running. Any thread may fork at any time, with two exceptions. A guard (see
-# Guard) runs inside a transaction, for which the fork would wait forever. And no other thread
-# may be creating a Database.
+# Guard) must not fork: it runs inside a transaction, for which the fork would wait forever.
+# And no thread may fork while another one creates a Database and opens it: the child could
+# inherit the new connection.
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock
@@ -503,9 +504,8 @@ class Database:
         """Raise Unavailable if the file, or its -wal or -shm file, was moved, replaced or deleted.
 
         Writes, backups, /health/ and each opening of the file check this. For each read, it would
-        cost too much. Without this check,
-        an empty file would be created in place of one that was moved, and what is written to a
-        deleted file would be lost.
+        cost too much. Without this check, an empty file would be created in place of one that was
+        moved, and what is written to a deleted file would be lost.
         """
         is_lost = self._file_identity is not None and self._file_identity != _identify(
             self.location
@@ -517,8 +517,8 @@ class Database:
 
     def _has_lost_wal_files(self) -> bool:
         was_open = self._is_open()
-        # Call stat() for the -wal file only if the folder has changed, or access() does not find
-        # it: on Linux 6.18 the next commit takes 40 us longer to sync.
+        # On Linux 6.18 a commit takes 40 us longer to sync after a stat() of the -wal file. So
+        # call it only if the folder has changed, or access() does not find the file.
         folder_time = os.stat(os.path.dirname(self.location)).st_mtime_ns
         is_unchanged = folder_time == self._folder_time
         if is_unchanged and all(os.access(path, os.F_OK) for path in self._wal_paths):
@@ -622,8 +622,8 @@ class Database:
             connection.close()
             raise
         self._file_identity = self._file_identity or _identify(self.location)
-        # Remember the -wal and -shm files of the first connection. They are None if it could not
-        # switch to WAL mode. Then look again.
+        # Remember the -wal and -shm files when the first connection is opened. If that one could
+        # not switch to WAL mode, they are None, and each later connection looks again.
         if not self._is_open() or None in self._wal_identities:
             self._wal_identities = [_identify(path) for path in self._wal_paths]
         slot.connection = connection
@@ -819,8 +819,8 @@ def _publish(old: str, new: str) -> None:
 
 MAX_WAITING_SEARCHES = 64  # searches that wait for their turn: a quarter of the server's WORKERS
 MAX_TRACKED = 10_000  # accounts whose wrong passwords are counted in memory
-# NIST SP 800-63B 5.2.2 allows at most 100 consecutive failures. OWASP ASVS 6.3.1 asks for a
-# limit of this kind.
+# OWASP ASVS 6.3.1 asks for such a limit. Attempts are slowed down, however many fail: with the
+# cap of NIST SP 800-63B 5.2.2, 100 failures, anybody could lock out a user for good.
 MAX_FAILURES = 10  # consecutive wrong passwords of an account
 ATTEMPT_INTERVAL = 60.0  # seconds between attempts after that
 PROFILE = ("first_name", "last_name", "email")
@@ -971,7 +971,7 @@ class Failures:
     def add(self, account: int | bytes) -> None:
         """Add one to the count, or raise TooManyAttempts."""
         with self._lock:
-            # Not self.check: that of a subclass may read another count.
+            # Not self.check: a subclass that also counts in a database reads that count there.
             count = Failures.check(self, account)
             # Insert it anew, as the most recent one.
             self._counts.pop(account, None)
@@ -1180,7 +1180,7 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
-                # Ids begin at 1 again.
+                # Ids begin at 1 again. Do not count against new users what others failed.
                 self.failures = Failures()
             connection.execute(_CHECK_COLUMNS)
         return self.created_table
@@ -2290,8 +2290,8 @@ def take_chunked_body(received: bytearray) -> Steps:
 # result into a queue and writes a byte to a socket pair, which wakes the selector.
 #
 # The I/O thread computes the responses to several requests first, and then sends them
-# together. To wake a client costs more than to send to it, and a client with many
-# connections is woken only once this way.
+# together. To send may wake the process of the client, which costs more than to send. This
+# way, a client with many connections is woken only once.
 #
 # One more thread writes the log. The server never forks.
 
@@ -2331,7 +2331,7 @@ LATER = object()
 class Server(socketserver.TCPServer):
     """An HTTP/1.1 server for an Application, in one process.
 
-    TCPServer only binds the listening socket, and closes it if serve() is never called.
+    TCPServer binds the listening socket, which is also closed if binding fails.
     """
 
     request_queue_size = 1024  # connections that wait to be accepted
@@ -2579,8 +2579,8 @@ class Connection:
             else:
                 self._watch(READ if wanted is None else wanted)
         except Exception as error:
-            # An OSError is a lost connection. Otherwise call make_error_response only for its log.
-            # It does not log an HTTPError: a client that closed, was idle, or stopped reading.
+            # An OSError is a lost connection. An HTTPError is a client that closed, was idle, or
+            # stopped reading. Others are logged: make_error_response is called for its log only.
             if not isinstance(error, OSError):
                 make_error_response(error, self.server.base_environ)
             self.close()
@@ -2665,7 +2665,8 @@ class Connection:
                 self.is_last_request = True
             if is_http_1_1 and not isinstance(body, tuple):
                 headers.append(_CHUNKED)
-        # The application raises neither. submit() raises Busy if it could start no worker.
+        # The application raises neither. HTTPError comes from _receive_request, and Busy from
+        # submit(), which resumes with it if no worker could be started.
         except (HTTPError, Unavailable) as error:
             self.is_last_request = True
             # For the log, and to recognise HEAD.
