@@ -274,7 +274,7 @@ def _normalise(password: str) -> bytes:
 BUSY_TIMEOUT = 5.0  # seconds to wait for a lock: the default of sqlite3.connect
 RETRY_INTERVAL = 0.001  # seconds between attempts to get a lock
 WAL_TIMEOUT = 1.0  # seconds to try to switch a file to WAL mode
-CLOSE_TIMEOUT = 1.0  # seconds to wait for a running statement when closing
+CLOSE_TIMEOUT = 1.0  # seconds to wait for running statements when closing, for all together
 RETRY_AFTER = 1  # seconds, for the header Retry-After
 MIN_DATABASE = 512  # bytes: SQLite's smallest page
 
@@ -587,9 +587,8 @@ class Database:
 
     def close(self) -> None:
         """Close the connections, except those that are still busy after CLOSE_TIMEOUT."""
-        deadline = time.monotonic() + CLOSE_TIMEOUT
         for slot in self.slots.values():
-            if slot.enter_within(max(0, deadline - time.monotonic())):
+            if slot.enter_within(CLOSE_TIMEOUT / len(self.slots)):
                 slot.close()
                 slot.leave()
 
