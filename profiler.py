@@ -846,11 +846,10 @@ class Storage(Protocol):
 
     A user is a JSON object in UTF-8, with the members id, first_name, last_name, email and
     created_on (`YYYY-MM-DD HH:MM:SS`, in UTC). Ids are from 1 to MAX_ID. The id of a deleted
-    user is not used again.
-    Emails are compared ignoring the case of ASCII letters. Any number of threads may call
-    the methods. Each of them may also raise Unavailable, or Busy if the same call may
-    succeed in a moment; for a damaged database, it raises what its library raises. The
-    values of fields have been checked: see Accounts.
+    user is not used again. Emails are compared ignoring the case of ASCII letters. Any
+    number of threads may call the methods. Each of them may also raise Unavailable, or Busy
+    if the same call may succeed in a moment; for a damaged database, it raises what its
+    library raises. The values of fields have been checked: see Accounts.
     """
 
     location: str  # the path or the URL, for people, without a password
@@ -1179,9 +1178,10 @@ WHERE id = :id AND (:expected IS NULL OR {_PASSWORD_HASH} = :expected)
             if force:
                 connection.execute('DROP TABLE "user"')
                 self.create_table(connection)
-                # Ids begin at 1 again. Do not count against new users what others failed.
-                self.failures = Failures()
             connection.execute(_CHECK_COLUMNS)
+        if force:
+            # Ids begin at 1 again. Do not count against new users what others failed.
+            self.failures = Failures()
         return self.created_table
 
 
@@ -2348,18 +2348,7 @@ class Server(socketserver.TCPServer):
         self.server_port = int(self.server_address[1])
         self.application = app
         self.log = Log()
-        # The part of the environ that all requests share (PEP 3333).
-        self.base_environ: WSGIEnvironment = {
-            "SCRIPT_NAME": "",
-            "SERVER_NAME": str(self.server_address[0]),
-            "SERVER_PORT": str(self.server_port),
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.errors": self.log,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-        }
+        self.base_environ = self._make_base_environ()
         self.access_log = access_log
         self.stopping = False
         # All connections. The one that was resumed least recently is the first.
@@ -2385,6 +2374,20 @@ class Server(socketserver.TCPServer):
             end.setblocking(False)
         self.selector.register(self.socket, READ, self._accept)
         self.selector.register(self._woken, READ, self._resume_finished)
+
+    def _make_base_environ(self) -> WSGIEnvironment:
+        """Return the part of the environ that all requests share (PEP 3333)."""
+        return {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": str(self.server_address[0]),
+            "SERVER_PORT": str(self.server_port),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": self.log,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
 
     def stop(self, *_: object) -> None:
         """Make serve() return soon. Further calls change nothing. It can be a signal handler."""
